@@ -1,0 +1,100 @@
+# Every target works from a fresh clone and first does the set-up it needs.
+#
+#   DATA=path             for demo and reproduce: Census-Income (an official file, .gz or not, or their folder)
+#   PYTHON=python3        makes the virtual environment; a torch that it can import is kept and used
+#   VENV=.venv            where the environment lies, or one that is there already (any prefix with bin/python3): its torch is
+#                         kept too. On a GPU machine without network: make gpu-check PYTHON=python3
+#   MTLKERNELS_CUDA=1     compiles the CUDA kernels everywhere, not only in cuda and gpu-check: they take minutes, and nothing
+#                         else here runs them. A plain `pip install --no-build-isolation .` compiles them wherever nvcc is found.
+#   MAX_JOBS, CXX, ...    as setup.py says
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help env build demo test test-all lint format bench cuda gpu-check reproduce clean
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := torch==2.13.0
+# Two processes of one thread each: the suite is many small tests, and two threads in each process would fight for two cores.
+WORKERS ?= 2
+export MTLKERNELS_CUDA ?= 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PY := $(VENV)/bin/python3
+PIP := $(PY) -m pip install -qq --no-warn-script-location
+STAMP := $(VENV)/.mtlkernels
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+CXX_FILES = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
+# What the project and its extras ask for, but torch, which is there, and triton, which has to fit it.
+PACKAGES := import importlib.metadata as m; \
+  print(*{r.split(";")[0] for r in m.requires("mtlkernels") if "torch" not in r and "triton" not in r})
+
+# Where PYTHON has torch. In a virtual environment, which --system-site-packages would not look into, that is not the system's.
+TORCH_SITE := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
+
+help:
+	@sed -n '/^#   /s/^#  //p' Makefile; echo; echo "  make $$(sed -n 's/^.PHONY: help //p' Makefile)"
+
+$(STAMP): pyproject.toml
+	@set -e; has() { $$1 -c "import $$2" 2> /dev/null; }; \
+	if ! test -x $(PY); then \
+	  echo "env: making $(VENV)"; \
+	  site=$$($(PYTHON) -c '$(TORCH_SITE)' 2> /dev/null || true); \
+	  $(PYTHON) -m venv $${site:+--system-site-packages} $(VENV); \
+	  if test "$$site"; then echo "$$site" > $$(echo $(VENV)/lib/python3*/site-packages)/kept_torch.pth; fi; \
+	fi; \
+	if has $(PY) torch; then kept=yes; else echo "env: installing $(TORCH)"; $(PIP) $(TORCH); fi; \
+	echo "env: building and installing mtlkernels"; \
+	$(PIP) "setuptools>=70.1" wheel ninja pybind11 || test "$$kept"; \
+	$(PIP) --no-build-isolation --no-deps -e .; \
+	has $(PY) triton || $(PIP) "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'" || test "$$kept"; \
+	$(PIP) $$($(PY) -c '$(PACKAGES)') || { test "$$kept" && echo "env: going on without the packages that cannot be had"; }; \
+	touch $@
+
+env: build
+
+# Python sources are used where they lie; this compiles what changed under csrc/, in under a second when nothing did.
+build: $(STAMP)
+	@$(PY) setup.py -q build_ext --inplace
+
+demo: build
+	$(PY) -m bench.demo $(if $(DATA),--data "$(DATA)")
+
+test: build
+	$(PYTEST) -m "not slow"
+
+test-all: build
+	$(PYTEST)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES))
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(CXX_FILES),$(VENV)/bin/clang-format -i $(CXX_FILES))
+
+bench: build
+	$(PY) -m bench.step
+
+cuda: export MTLKERNELS_CUDA := 1
+cuda: build
+	@$(PY) -c "import mtlkernels; print('CUDA kernels compiled for', *mtlkernels.build_info()['cuda_archs'])"
+
+HAS_GPU := import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch " + torch.__version__ + " sees no GPU here")
+gpu-check: $(STAMP)
+	@$(PY) -c '$(HAS_GPU)'
+	@MTLKERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace
+	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m bench.step
+
+reproduce: build
+	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }
+	$(PY) -m bench.census --data "$(DATA)"
+
+clean:
+	rm -rf build dist *.egg-info mtlkernels/lib mtlkernels/_build_info*.so bench/out
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

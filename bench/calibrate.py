@@ -1,0 +1,177 @@
+"""The ceilings of this machine: how fast it copies, and how fast it multiplies matrices.
+
+    python -m bench.calibrate [--seconds 0.5] [--out bench/out/ceilings.json]
+
+A step time says little by itself; as a share of what the same machine reaches on the bare matrix products it does. The
+rate of a product is the best over a few sizes and over every way torch has to compute it, since on some processors the
+default path (MKL) reaches half of what oneDNN does.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.timing import synchronize
+
+SIZES = ((4096, 256, 256), (4096, 256, 128), (4096, 256, 2048), (2048, 2048, 2048))  # (M, K, N) of x [M,K] w [N,K]
+GPU_SIZES = SIZES + ((8192, 8192, 8192),)
+_COPY_BYTES = 256 << 20
+
+
+def machine() -> dict[str, Any]:
+    """What a figure of this run depends on: processor, cores, threads, versions, backends."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    try:
+        import mtlkernels
+
+        found["build"] = mtlkernels.build_info()
+    except ImportError:
+        found["build"] = None
+    return json.loads(json.dumps(found, default=str))
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def copy_bandwidth(device: str = "cpu", *, seconds: float = 0.5) -> float:
+    """GB/s read and written together while copying a buffer larger than any cache."""
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    return 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), seconds, device) / 1e9
+
+
+def gemm_paths(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Every way torch has here to compute x [M,K] times weight [N,K] transposed, into [M,N]."""
+    paths = {"torch.mm": lambda: torch.mm(x, weight.t(), out=out)}
+    if x.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        paths["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return paths
+
+
+def gemm_rates(dtype: torch.dtype, device: str = "cpu", *, seconds: float = 0.5) -> list[dict[str, Any]]:
+    """GFLOP/s of every size by every path that takes `dtype`, best first; `seconds` are spent on each."""
+    rates = []
+    for m, k, n in SIZES if device == "cpu" else GPU_SIZES:
+        x = torch.randn(m, k, device=device).to(dtype)
+        weight = torch.randn(n, k, device=device).to(dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        for path, call in gemm_paths(x, weight, out).items():
+            try:
+                taken = _fastest(call, seconds, device)
+            except RuntimeError:  # oneDNN without this type on this processor
+                continue
+            rates.append({"m": m, "k": k, "n": n, "path": path, "gflops": 2 * m * k * n / taken / 1e9})
+    return sorted(rates, key=lambda rate: -rate["gflops"])
+
+
+def _fastest(call: Callable[[], Any], seconds: float, device: str) -> float:
+    """Seconds of the fastest call: a ceiling is what the machine can do, not what it did on average."""
+    calls = 1 if device == "cpu" else 10  # enough to hide a launch
+    for _ in range(2):
+        call()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < until:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - start) / calls)
+    return min(times)
+
+
+def ceilings(
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    device: str = "cpu",
+    *,
+    threads: tuple[int, ...] | None = None,
+    seconds: float = 0.3,
+) -> list[dict[str, Any]]:
+    """One row a number of threads (by default one, and as many as torch uses now): copy GB/s and the GEMM rates."""
+    now = torch.get_num_threads()
+    rows = []
+    try:
+        for count in threads or (tuple(sorted({1, now})) if device == "cpu" else (now,)):
+            torch.set_num_threads(count)
+            row: dict[str, Any] = {"threads": count, "copy_gb_s": copy_bandwidth(device, seconds=seconds), "gemm": {}}
+            for dtype in dtypes:
+                row["gemm"][str(dtype).removeprefix("torch.")] = gemm_rates(dtype, device, seconds=seconds)
+            rows.append(row)
+    finally:
+        torch.set_num_threads(now)
+    return rows
+
+
+def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
+    """GFLOP/s of the fastest product in the row of as many threads as torch uses now.
+
+    A 16-bit product may as well be computed in float32, and is faster so where the processor has no 16-bit arithmetic.
+    """
+    row = next(row for row in rows if row["threads"] == torch.get_num_threads())
+    wanted = (
+        {str(dtype).removeprefix("torch."), "float32"} if dtype.itemsize == 2 else {str(dtype).removeprefix("torch.")}
+    )
+    return max(rates[0]["gflops"] for name, rates in row["gemm"].items() if name in wanted)
+
+
+def main() -> None:
+    """Prints the ceilings as a table and, with --out, leaves them as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each product (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    dtypes = tuple(getattr(torch, name) for name in args.dtype.split(","))
+    rows = ceilings(dtypes, args.device, seconds=args.seconds)
+    table = Table(title=f"{machine()['gpu'] if args.device == 'cuda' else machine()['cpu']}: ceilings")
+    for head in ("threads", "what", "size M,K,N", "path", "rate"):
+        table.add_column(head, justify="right" if head in ("threads", "rate") else "left")
+    for row in rows:
+        table.add_row(str(row["threads"]), "copy", f"{_COPY_BYTES >> 20} MiB", "copy_", f"{row['copy_gb_s']:.1f} GB/s")
+        for dtype, rates in row["gemm"].items():
+            for rate in rates:
+                size = f"{rate['m']}, {rate['k']}, {rate['n']}"
+                table.add_row("", dtype, size, rate["path"], f"{rate['gflops']:.0f} GFLOP/s")
+    Console().print(table)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine(), "ceilings": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Records of a run as tables."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.contest import OURS
+from bench.parts import PLAIN
+from bench.timing import NOISE_LIMIT, is_noisy
+
+
+def console() -> Console:
+    """Where the tables go; wide enough for them where the output is a file."""
+    found = Console()
+    return found if found.is_terminal else Console(width=110)
+
+
+def step_table(record: dict[str, Any], labels: dict[str, str] | None = None) -> Table:
+    """The variants of one training step, side by side. A time is set against ours only if its check is green."""
+    task, rows = record["task"], record["rows"]
+    inputs = "B,T,K" if task["network"] == "AdaTT" else "B,K"
+    experts = f"{task['tasks']} tasks x {task['experts_per_task']} experts {list(task['dims'])}"
+    data = f"{task['dtype']}, x [{inputs}] with gradient, B={task['batch']}, K={task['in_features']}"
+    title = f"{task['network']} training step: {experts},\n{data}"
+    table = Table(title=title, caption=_noise(record["control_difference"]))
+    with_floor = any(row["floor_share"] is not None for row in rows)
+    table.add_column("variant", no_wrap=True)
+    for head in ("ms", "20-80 %", "time /\nours", "peak\nMiB") + (("GEMM\nfloor",) if with_floor else ()) + ("check",):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        ms, ratio, peak, floor = row["ms"], row["ratio"], row["peak_mib"], row["floor_share"]
+        cells = [
+            (labels or {}).get(row["variant"], row["variant"]),
+            f"{ms['median']:.1f}",
+            f"{ms['q20']:.1f}-{ms['q80']:.1f}",
+            "" if ratio is None else f"{ratio:.2f}x",
+            "" if peak is None else f"{peak:.0f}",
+        ]
+        if with_floor:
+            cells.append(f"{floor:.0%}")
+        cells.append("ok" if row["check"]["ok"] else "FAILED")
+        table.add_row(*cells, style="bold" if row["variant"] == OURS else None)
+    for row in rows:
+        if not row["check"]["ok"]:
+            check = row["check"]
+            errors = f"output off by {check['output']:.0e}, {check['worst']} by {check['gradient']:.0e}"
+            table.caption += f"\n{row['variant']} is not the same network: {errors}"
+    return table
+
+
+def mix_table(rows: list[dict[str, Any]]) -> Table:
+    """mix alone beside the plain one."""
+    first = rows[0]
+    title = f"mix alone: B={first['batch']}, D={first['width']}, {first['dtype']}, experts and logits with gradient"
+    table = Table(title=title, caption=_noise(max(row["control_difference"] for row in rows)))
+    for head in ("operator", "what", "T", "E", "ours\nms", f"{PLAIN}\nms", "time /\nours"):
+        table.add_column(head, justify="left" if head in ("operator", "what") else "right", no_wrap=True)
+    for row in rows:
+        ours, plain = row["ms"][OURS]["median"], row["ms"][PLAIN]["median"]
+        ratio = "check FAILED" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        if is_noisy(row["control_difference"]):
+            ratio = f"noisy {ratio}"
+        shape = (str(row["tasks"]), str(row["experts"]))
+        table.add_row(row["mix"], row["what"], *shape, f"{ours:.2f}", f"{plain:.2f}", ratio)
+    return table
+
+
+def overhead_table(rows: list[dict[str, Any]]) -> Table:
+    """Microseconds a call."""
+    table = Table(title="one forward call on tiny tensors, microseconds")
+    for head in ("call", "without gradient", "with gradient"):
+        table.add_column(head, justify="left" if head == "call" else "right")
+    for row in rows:
+        table.add_row(row["call"], f"{row['us']:.1f}", f"{row['us_with_gradient']:.1f}")
+    return table
+
+
+def _noise(difference: float) -> str:
+    text = f"ours timed twice differs by {difference:.1%}"
+    if not is_noisy(difference):
+        return text
+    return f"NOISY: {text}, more than {NOISE_LIMIT:.0%}: run again on a quiet machine"

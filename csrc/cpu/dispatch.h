@@ -1,0 +1,20 @@
+// Run-time choice among the instruction sets that isa/ was compiled for.
+#pragma once
+
+namespace mtl {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The best instruction set of this processor that this build has kernels for; asked once.
+Isa isa();
+
+}  // namespace mtl
+
+#if defined(__x86_64__)
+#define MTL_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
+#define MTL_BEST_ISA(table) \
+  (::mtl::isa() == ::mtl::Isa::kAvx512 ? avx512::table : ::mtl::isa() == ::mtl::Isa::kAvx2 ? avx2::table : generic::table)
+#else
+#define MTL_FOR_EACH_ISA(declare) declare(generic)
+#define MTL_BEST_ISA(table) (generic::table)
+#endif

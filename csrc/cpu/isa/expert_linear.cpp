@@ -1,0 +1,121 @@
+// The packing and multiplying kernels of expert_linear, for one instruction set.
+#include "../linear_kernels.h"
+#include "gemm.h"
+
+namespace mtl::MTL_ISA {
+
+namespace {
+
+template <class S>
+Source<S> source(const Operand& o) {
+  return {static_cast<const S*>(o.data), static_cast<const S*>(o.saved), o.activation, o.stride};
+}
+
+template <class S, bool wide>
+constexpr int kWidth = wide ? kTileCols<SumOf<S>> : kTileRows;
+
+template <class S, bool wide>
+void rows_to_panels(const Operand& o, int64_t rows, int64_t depth, void* panels) {
+  pack_rows<kWidth<S, wide>>(source<S>(o), rows, depth, static_cast<SumOf<S>*>(panels));
+}
+
+template <class S, bool wide>
+void columns_to_panels(const Operand& o, int64_t depth, int64_t cols, void* panels, void* sums) {
+  using C = SumOf<S>;
+  pack_columns<kWidth<S, wide>>(source<S>(o), depth, cols, static_cast<C*>(panels), static_cast<C*>(sums));
+}
+
+template <class S>
+void widen_row(const void* from, void* to, int64_t n) {
+  widen(static_cast<const S*>(from), static_cast<SumOf<S>*>(to), n);
+}
+
+template <class S>
+void narrow_row(const void* from, void* to, int64_t n) {
+  narrow(static_cast<const SumOf<S>*>(from), static_cast<S*>(to), n);
+}
+
+// The tile's sums to memory: bias, activation and rounding while the tile is in L1.
+template <class S, class C = SumOf<S>>
+inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t cols, const Output& out) {
+  constexpr int width = kTileCols<C>;
+  S* y = static_cast<S*>(out.y) + r * out.stride + c;
+  S* z = out.z ? static_cast<S*>(out.z) + r * out.stride + c : nullptr;
+  const C* bias = static_cast<const C*>(out.bias);
+  for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
+    if (bias)
+      for (int j = 0; j < width; ++j) tile[j] += bias[c + j];
+    if (z) {
+      narrow(tile, z, cols);
+      z += out.stride;
+    }
+    activate(out.activation, tile, width);
+    if (cols == width)
+      narrow(tile, y, width);
+    else
+      narrow(tile, y, cols);
+  }
+}
+
+template <class S>
+void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out) {
+  using C = SumOf<S>;
+  constexpr int width = kTileCols<C>;
+  alignas(kVectorBytes) C tile[kTileRows * width];
+  // One panel of B stays in L1 while the panels of A stream past it from L2.
+  for (int64_t c = 0; c < cols; c += width) {
+    const C* bp = static_cast<const C*>(b) + c * depth;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, false);
+      finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
+    }
+  }
+}
+
+template <class C>
+void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
+                bool add) {
+  constexpr int width = kTileCols<C>;
+  alignas(kVectorBytes) C tile[kTileRows * width];
+  for (int64_t c = 0; c < cols; c += width) {
+    const C* bp = static_cast<const C*>(b) + c * depth;
+    const int64_t m = std::min<int64_t>(width, cols - c);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      C* to = static_cast<C*>(sums) + r * stride + c;
+      const int64_t n = std::min<int64_t>(kTileRows, rows - r);
+      if (add)
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t j = 0; j < m; ++j) tile[i * width + j] = to[i * stride + j];
+      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, add);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < m; ++j) to[i * stride + j] = tile[i * width + j];
+    }
+  }
+}
+
+template <class S>
+constexpr PackKernels pack_kernels() {
+  return {rows_to_panels<S, false>,
+          rows_to_panels<S, true>,
+          columns_to_panels<S, false>,
+          columns_to_panels<S, true>,
+          widen_row<S>,
+          narrow_row<S>,
+          multiply<S>};
+}
+
+}  // namespace
+
+extern const LinearKernels linear_kernels = {
+    kTileRows,
+    kTileCols<float>,
+    kTileCols<double>,
+    pack_kernels<double>(),
+    pack_kernels<float>(),
+    pack_kernels<BFloat16>(),
+    pack_kernels<Half>(),
+    accumulate<float>,
+    accumulate<double>,
+};
+
+}  // namespace mtl::MTL_ISA

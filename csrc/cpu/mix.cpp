@@ -1,0 +1,263 @@
+// mix on a CPU: a plan of who uses whom, then one pass over the experts, batch rows shared out among the threads.
+#include <algorithm>
+
+#include "mix_kernels.h"
+#include "tensor.h"
+
+namespace mtl {
+
+namespace {
+
+// Batch rows a task takes. Fixed, so that sums over the batch do not depend on the number of threads.
+constexpr int64_t kRows = 64;
+
+using Native = std::optional<std::vector<int64_t>>;
+
+Storage storage_of(const Tensor& t, const char* argument) {
+  Storage found = Storage::kFloat;
+  with_type(t.scalar_type(), argument, [&](auto s) {
+    using S = decltype(s);
+    found = std::is_same_v<S, double>     ? Storage::kDouble
+            : std::is_same_v<S, float>    ? Storage::kFloat
+            : std::is_same_v<S, BFloat16> ? Storage::kBFloat16
+                                          : Storage::kHalf;
+  });
+  return found;
+}
+
+const MixKernels& kernels(const Tensor& experts) {
+  static const MixTable& best = MTL_BEST_ISA(mix_kernels);
+  return best.by_storage[int(storage_of(experts, "experts"))];
+}
+
+ScalarType sum_type(const Tensor& experts) {
+  return experts.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// One call: its plan, where each route's static weight comes from, and its tensors in the layout the kernels want.
+struct Call {
+  MixPlan plan;
+  std::vector<int64_t> fixed_at;  // index into static of each route's weight; -1: none, -2: the constant 1
+  bool has_fixed = false, by_channel = false;
+  Tensor experts, logits, fixed, channels;
+  MixArgs args{};
+  int64_t batch;
+};
+
+int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
+                     const OptionalTensor& columns) {
+  if (columns) return columns->size(0);
+  if (logits) return logits->size(1);
+  if (mask) return mask->size(0);
+  STD_TORCH_CHECK(fixed, "give logits, static, or both");
+  return fixed->size(0);
+}
+
+void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native, bool with_static) {
+  MixPlan& plan = call.plan;
+  const Tensor mask_dense = mask ? torch::stable::contiguous(*mask) : Tensor();
+  const Tensor columns_dense = columns ? torch::stable::contiguous(*columns) : Tensor();
+  const bool* may = mask ? data<bool>(mask_dense) : nullptr;
+  const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
+  const bool dense = !may && !column;
+  std::vector<int64_t> first_native;  // of each row: its unit's first expert
+  if (native) {
+    first_native.push_back(0);
+    for (int64_t n : *native) first_native.push_back(first_native.back() + n);
+    STD_TORCH_CHECK(int64_t(native->size()) >= plan.rows && first_native.back() == plan.experts,
+                    "native must count the experts of at least T units and sum to E");
+  }
+  plan.begin.push_back(0);
+  plan.expert.reserve(plan.rows * plan.experts);
+  for (int64_t t = 0; t < plan.rows; ++t) {
+    for (int64_t e = 0; e < plan.experts; ++e) {
+      const int64_t at = t * plan.experts + e;
+      if ((may && !may[at]) || (column && column[at] < 0)) continue;
+      STD_TORCH_CHECK(!column || column[at] < plan.logit_cols || !plan.softmax, "columns must lie in [-1, R)");
+      plan.expert.push_back(int32_t(e));
+      plan.column.push_back(column ? column[at] : int32_t(at));
+      int64_t from = -1;
+      if (native)
+        from = e >= first_native[t] && e < first_native[t + 1] ? (with_static ? e : -2) : -1;
+      else if (with_static)
+        from = column ? column[at] : at;
+      call.fixed_at.push_back(from);
+    }
+    plan.begin.push_back(int64_t(plan.expert.size()));
+    const bool as_before = t > 0 && (dense || std::equal(plan.expert.begin() + plan.begin[t], plan.expert.end(),
+                                                         plan.expert.begin() + plan.begin[t - 1],
+                                                         plan.expert.begin() + plan.begin[t]));
+    plan.leader.push_back(as_before ? plan.leader.back() : int32_t(t));
+  }
+}
+
+// The routes ordered by expert, for backward.
+void plan_users(MixPlan& plan) {
+  plan.user_begin.assign(plan.experts + 1, 0);
+  for (int32_t e : plan.expert) ++plan.user_begin[e + 1];
+  for (int64_t e = 0; e < plan.experts; ++e) plan.user_begin[e + 1] += plan.user_begin[e];
+  std::vector<int64_t> next(plan.user_begin.begin(), plan.user_begin.end() - 1);
+  plan.user_row.resize(plan.expert.size());
+  plan.user_route.resize(plan.expert.size());
+  for (int64_t t = 0; t < plan.rows; ++t) {
+    for (int64_t r = plan.begin[t]; r < plan.begin[t + 1]; ++r) {
+      const int64_t at = next[plan.expert[r]]++;
+      plan.user_row[at] = int32_t(t);
+      plan.user_route[at] = int32_t(r);
+    }
+  }
+}
+
+// Copies static weights to the type of sums: a weight a route, or the channel weights as they lie.
+template <class C>
+void take_static(Call& call, const OptionalTensor& fixed) {
+  const Tensor from = fixed ? torch::stable::contiguous(*fixed) : Tensor();
+  const auto value = [&](int64_t i) {
+    C v{};
+    with_type(from.scalar_type(), "static", [&](auto s) { v = static_cast<C>(data<decltype(s)>(from)[i]); });
+    return v;
+  };
+  if (call.by_channel) {
+    call.channels = allocate({fixed->numel()}, sum_type(call.experts));
+    for (int64_t i = 0; i < fixed->numel(); ++i) mutable_data<C>(call.channels)[i] = value(i);
+    call.args.channels = call.channels.const_data_ptr();
+    return;
+  }
+  if (!call.has_fixed) return;
+  const int64_t routes = int64_t(call.fixed_at.size());
+  call.fixed = allocate({routes}, sum_type(call.experts));
+  for (int64_t r = 0; r < routes; ++r) {
+    const int64_t at = call.fixed_at[r];
+    mutable_data<C>(call.fixed)[r] = at == -1 ? C{0} : at == -2 ? C{1} : value(at);
+  }
+  call.args.fixed = call.fixed.const_data_ptr();
+}
+
+Call prepare(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
+             const OptionalTensor& columns, const Native& native) {
+  Call call;
+  STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
+  call.experts = dense_rows(experts);
+  call.batch = experts.size(0);
+  MixPlan& plan = call.plan;
+  plan.experts = experts.size(1), plan.width = experts.size(2);
+  plan.rows = rows_of_call(logits, fixed, mask, columns);
+  plan.softmax = logits.has_value();
+  call.by_channel = fixed && fixed->dim() == 3;
+  call.has_fixed = (fixed && !call.by_channel) || native;
+  if (logits) {
+    call.logits = torch::stable::contiguous(*logits);
+    STD_TORCH_CHECK(logits->size(0) == call.batch, "logits must have experts' batch size");
+    plan.logit_cols = columns ? logits->size(1) : plan.rows * plan.experts;
+    STD_TORCH_CHECK(logits->numel() == call.batch * plan.logit_cols, "logits must be [B,T,E], or [B,R] with columns");
+    call.args.logits = call.logits.const_data_ptr();
+    call.args.logits_type = storage_of(call.logits, "logits");
+  } else {
+    plan.logit_cols = 0;
+  }
+  if (call.by_channel)
+    plan.begin.assign(plan.rows + 1, 0);
+  else
+    plan_routes(call, mask, columns, native, fixed.has_value());
+  if (fixed) {
+    int64_t largest = -1;
+    for (int64_t at : call.fixed_at) largest = std::max(largest, at);
+    STD_TORCH_CHECK(largest < fixed->numel(), "static has too few entries");
+    STD_TORCH_CHECK(!call.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
+                    "static [T,E,D] must fit experts, and goes without logits");
+  }
+  if (sum_type(experts) == ScalarType::Double)
+    take_static<double>(call, fixed);
+  else
+    take_static<float>(call, fixed);
+  call.args.plan = &plan;
+  call.args.experts = call.experts.const_data_ptr();
+  call.args.batch_stride = call.experts.stride(0), call.args.expert_stride = call.experts.stride(1);
+  return call;
+}
+
+std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+                               const OptionalTensor& mask, const OptionalTensor& columns, Native native) {
+  Call call = prepare(experts, logits, fixed, mask, columns, native);
+  call.args.plan = &call.plan;
+  const MixKernels& kernel = kernels(experts);
+  Tensor out = allocate({call.batch, call.plan.rows, call.plan.width}, experts.scalar_type());
+  Tensor lse = logits ? allocate({call.batch, call.plan.rows}, sum_type(experts)) : allocate({0}, sum_type(experts));
+  call.args.out = out.mutable_data_ptr(), call.args.lse = lse.mutable_data_ptr();
+  const size_t bytes = kernel.scratch_bytes(call.plan);
+  run_tasks((call.batch + kRows - 1) / kRows, [&](int64_t i) {
+    kernel.forward(call.args, i * kRows, std::min(call.batch, (i + 1) * kRows), scratch(1, bytes));
+  });
+  return {out, lse};
+}
+
+// static's gradient from the blocks' partial sums, added up in order and in double.
+template <class C>
+Tensor gather_static(const Call& call, const Tensor& fixed, const std::vector<C>& partial, int64_t blocks) {
+  Tensor dstatic = allocate_like(fixed);
+  const int64_t width = call.by_channel ? fixed.numel() : int64_t(call.fixed_at.size());
+  with_type(fixed.scalar_type(), "static", [&](auto s) {
+    using S = decltype(s);
+    S* to = mutable_data<S>(dstatic);
+    std::fill_n(to, fixed.numel(), S(0));
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t at = call.by_channel ? r : call.fixed_at[r];
+      if (at < 0) continue;
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += partial[block * width + r];
+      to[at] = static_cast<S>(static_cast<C>(sum));
+    }
+  });
+  return dstatic;
+}
+
+template <class C>
+Tensor run_backward(Call& call, const OptionalTensor& fixed, bool with_static, const Tensor& like) {
+  const MixKernels& kernel = kernels(call.experts);
+  // Channel gradients are T * E * D a block: few blocks, so that their partial sums stay small beside the experts.
+  const int64_t rows = call.by_channel ? std::max(kRows, (call.batch + 15) / 16) : kRows;
+  const int64_t blocks = (call.batch + rows - 1) / rows;
+  const int64_t width = !with_static ? 0 : call.by_channel ? fixed->numel() : int64_t(call.fixed_at.size());
+  std::vector<C> partial(blocks * width, C{0});
+  const size_t bytes = kernel.scratch_bytes(call.plan);
+  run_tasks(blocks, [&](int64_t i) {
+    MixArgs args = call.args;
+    args.dfixed = with_static ? partial.data() + i * width : nullptr;
+    kernel.backward(args, i * rows, std::min(call.batch, (i + 1) * rows), scratch(1, bytes));
+  });
+  return with_static ? gather_static<C>(call, *fixed, partial, blocks) : allocate({0}, like.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const OptionalTensor& grad_lse, const Tensor& experts,
+                                                const OptionalTensor& logits, const OptionalTensor& fixed,
+                                                const OptionalTensor& mask, const OptionalTensor& columns, Native native,
+                                                const Tensor& lse, int64_t needs) {
+  (void)lse;  // the softmax is cheaper to repeat from the row's logits than to rebuild from their logsumexp
+  Call call = prepare(experts, logits, fixed, mask, columns, native);
+  call.args.plan = &call.plan;
+  plan_users(call.plan);
+  const Tensor grad = torch::stable::contiguous(grad_in);
+  STD_TORCH_CHECK(grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
+                  "grad must be [B,T,D] in experts' dtype");
+  const Tensor dlse = grad_lse ? torch::stable::contiguous(*grad_lse) : Tensor();
+  Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
+                              : allocate({0}, experts.scalar_type());
+  const bool with_logits = (needs & 2) && logits, with_static = (needs & 4) && fixed;
+  Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
+  call.args.grad = grad.const_data_ptr();
+  call.args.grad_lse = grad_lse ? dlse.const_data_ptr() : nullptr;
+  call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
+  call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;
+  Tensor dstatic = sum_type(experts) == ScalarType::Double ? run_backward<double>(call, fixed, with_static, experts)
+                                                           : run_backward<float>(call, fixed, with_static, experts);
+  return {dexperts, dlogits, dstatic};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("mix", TORCH_BOX(&mix));
+  m.impl("mix_backward", TORCH_BOX(&mix_backward));
+}
+
+}  // namespace mtl

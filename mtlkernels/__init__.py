@@ -1,0 +1,18 @@
+"""Fused kernels for multi-task networks: batched experts and expert mixing as torch operators."""
+
+from ._library import build_info
+from .backend import use_backend
+from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
+from .ops.explain import explain
+
+__all__ = [
+    "Routes",
+    "adatt_mix",
+    "build_info",
+    "expert_linear",
+    "explain",
+    "gated_mix",
+    "linear_mix",
+    "mix",
+    "use_backend",
+]

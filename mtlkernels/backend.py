@@ -1,0 +1,150 @@
+"""Who can run what, and why not: the choice of a backend for every call.
+
+Each operator has, for every backend, a pure predicate over the call's :class:`Case`. ``auto`` takes the first backend
+that can, in the operator's order; an explicit choice that cannot run raises with the predicate's reason.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from . import _library
+
+BACKENDS = ("native", "triton", "reference")
+
+
+class Case(NamedTuple):
+    """What a backend may decide on. Never the batch size: that would recompile with every new one."""
+
+    device: str  # torch device type
+    dtype: torch.dtype  # of the activations
+    arch: int = 0  # compute capability of the GPU, 90 for an H200; 0 on a CPU
+
+
+class Support(NamedTuple):
+    """A predicate's answer: whether the backend can run the call, and in any case why."""
+
+    ok: bool
+    reason: str
+
+
+Predicate = Callable[[Case], Support]
+
+_default = os.environ.get("MTLKERNELS_BACKEND", "auto")
+_predicates: dict[str, dict[str, Predicate]] = {}
+_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+
+
+def register(op: str, predicates: dict[str, Predicate]) -> None:
+    """Tell the chooser which backends `op` has, in the order in which ``auto`` tries them."""
+    _predicates[op] = predicates
+
+
+def check_name(name: str, argument: str = "backend") -> None:
+    if name not in BACKENDS and name != "auto":
+        raise ValueError(f"{argument} must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+
+
+check_name(_default, "the environment variable MTLKERNELS_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the block on `name`: "auto", "reference", "native" or "triton".
+
+    A plain global, not a context variable, so that torch.compile can trace through it: threads share it.
+    Raises ValueError for an unknown name, here, and for a backend that cannot run, at the operator's call.
+    """
+    global _default
+    check_name(name)
+    before, _default = _default, name
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs `op` for tensors of this device and dtype. Raises ValueError if the one asked for cannot."""
+    name = _default if backend is None else backend
+    key = (op, name, device.type, dtype)
+    found = _chosen.get(key)
+    if found is None:
+        found = _decide(op, name, _case(device, dtype))
+        _chosen[key] = found
+    return found
+
+
+def _case(device: torch.device, dtype: torch.dtype) -> Case:
+    arch = 0
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+    return Case(device.type, dtype, arch)
+
+
+def _decide(op: str, name: str, case: Case) -> str:
+    check_name(name)
+    predicates = _predicates[op]
+    if name != "auto":
+        support = predicates[name](case)
+        if not support.ok:
+            raise ValueError(f"backend {name!r} cannot run {op} here: {support.reason}")
+        return name
+    return next(b for b, can_run in predicates.items() if can_run(case).ok)
+
+
+def describe(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """One line a backend: which one runs the call, and why each other one would not or stands behind."""
+    case = _case(device, dtype)
+    asked = _default if backend is None else backend
+    chosen = _decide(op, asked, case)
+    what = f"{op} on {case.device}, {str(dtype).removeprefix('torch.')}"
+    lines = [f"{what}: {chosen}" + ("" if asked == "auto" else " (asked for)")]
+    for name, can_run in _predicates[op].items():
+        ok, reason = can_run(case)
+        state = "runs" if name == chosen else "could run" if ok else "cannot run"
+        lines.append(f"  {name:<9} {state}: {reason}")
+    return "\n".join(lines)
+
+
+def native_support(op: str, on_gpu: bool) -> Predicate:
+    """The predicate of the C++ library: there, and with a kernel of `op` for this device and dtype."""
+
+    def can_run(case: Case) -> Support:
+        if not _library.loaded():
+            return Support(False, _library.reason())
+        if case.device == "cpu":
+            ok = case.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+            return Support(ok, "C++ kernel" if ok else f"no C++ kernel for {case.dtype}")
+        if case.device != "cuda":
+            return Support(False, f"no kernel for device {case.device}")
+        if not on_gpu:
+            return Support(False, f"{op} has no CUDA C++ kernel yet; cuBLAS serves through the reference")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtlkernels::{op}", "CUDA"):
+            return Support(False, "the library was built without nvcc")
+        ok = case.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return Support(ok, "CUDA C++ kernel" if ok else f"no CUDA kernel for {case.dtype}")
+
+    return can_run
+
+
+def triton_support(case: Case) -> Support:
+    """The predicate of the Triton kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return Support(False, "the package triton is not installed")
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Support(False, f"no Triton kernel for {case.dtype}")
+    if case.device == "cuda":
+        return Support(True, "Triton kernel")
+    if case.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return Support(True, "Triton kernel in the interpreter, for tests only")
+    return Support(False, "Triton runs on a GPU (or, for tests, with TRITON_INTERPRET=1)")
+
+
+def reference_support(case: Case) -> Support:
+    return Support(True, "plain torch, any device and dtype")

@@ -1,0 +1,137 @@
+"""What every operator shares: its dispatcher ops, its fake kernels and its autograd.
+
+An operator is a forward and a backward dispatcher op with the same schema in two namespaces: ``mtlkernels`` (the C++
+library) and ``mtlkernels_triton``. In eager mode an autograd.Function stands outside the op and calls it below
+autograd, and is left out when no gradient is wanted; under compile and export the op itself is called, and the formula
+registered on it serves.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library, backend
+
+Grads = tuple[Tensor | None, ...]
+
+
+class Operator:
+    """One operator over its backends. Its forward op takes `num_tensors` tensors (or None), then plain values.
+
+    schemas    of forward and backward, for the namespaces that Python defines.
+    fakes      shape functions of both.
+    keep       (args, outputs) -> the output that backward needs.
+    gradients  (backward_op, args, kept, needs, grad_outputs) -> one gradient for each tensor argument.
+    reference  the plain torch form, with the forward op's arguments and outputs.
+    predicates which backend can run, in the order of ``auto``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_tensors: int,
+        schemas: tuple[str, str],
+        fakes: tuple[Callable, Callable],
+        keep: Callable[[tuple, tuple], Tensor],
+        gradients: Callable[..., Grads],
+        reference: Callable[..., tuple[Tensor, ...]],
+        predicates: dict[str, backend.Predicate],
+    ) -> None:
+        self.name, self.num_tensors, self.reference = name, num_tensors, reference
+        self._keep, self._gradients = keep, gradients
+        self._forward: dict[str, Callable] = {}
+        self._function: dict[str, type[torch.autograd.Function]] = {}
+        backend.register(name, predicates)
+        if _library.loaded():
+            self._add("native", torch.ops.mtlkernels, fakes)
+        if importlib.util.find_spec("triton") is not None:
+            self._define_triton(schemas)
+            self._add("triton", torch.ops.mtlkernels_triton, fakes)
+
+    def __call__(self, which: str, wants_grad: bool, *args: Any) -> tuple[Tensor, ...]:
+        """Run the forward op of backend `which` on `args`; `wants_grad`: one of its tensors requires a gradient."""
+        if which == "reference" or torch._C._are_functorch_transforms_active():
+            return self.reference(*args)
+        if torch.compiler.is_compiling():
+            return self._forward[which](*args)
+        if wants_grad and torch.is_grad_enabled():
+            return self._function[which].apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._forward[which](*args)
+
+    def _add(self, which: str, ops: Any, fakes: tuple[Callable, Callable]) -> None:
+        forward = getattr(ops, self.name).default
+        backward = getattr(ops, f"{self.name}_backward").default
+        for op, fake in zip((forward, backward), fakes, strict=True):
+            torch.library.register_fake(op._name.removesuffix(".default"), fake)
+        num_tensors, keep, gradients, reference = self.num_tensors, self._keep, self._gradients, self.reference
+
+        def save(ctx: Any, inputs: tuple, output: tuple) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:num_tensors], keep(inputs, output))
+            ctx.values = inputs[num_tensors:]
+
+        def differentiate(ctx: Any, *grads: Tensor | None) -> Grads:
+            *tensors, kept = ctx.saved_tensors
+            needs = ctx.needs_input_grad[:num_tensors]
+            return (*gradients(backward, (*tensors, *ctx.values), kept, needs, grads), *(None for _ in ctx.values))
+
+        torch.library.register_autograd(forward._name.removesuffix(".default"), differentiate, setup_context=save)
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+                with torch._C._AutoDispatchBelowAutograd():
+                    out = forward(*args)
+                save(ctx, args, out)
+                return out
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+                if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                    found = _plain_gradients(
+                        reference, ctx.saved_tensors[:num_tensors], ctx.values, ctx.needs_input_grad[:num_tensors], grads
+                    )
+                    return (*found, *(None for _ in ctx.values))
+                with torch._C._AutoDispatchBelowAutograd():
+                    return differentiate(ctx, *grads)
+
+        Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
+        self._forward[which], self._function[which] = forward, Eager
+
+    def _define_triton(self, schemas: tuple[str, str]) -> None:
+        self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this
+        for name, schema in zip((self.name, f"{self.name}_backward"), schemas, strict=True):
+            self._library.define(name + schema)
+            for key in ("CUDA", "CPU"):
+                self._library.impl(name, _launcher(self.name, name), key)
+
+
+def _launcher(module: str, function: str) -> Callable:
+    def launch(*args: Any) -> tuple[Tensor, ...]:
+        # Imported at the first call: importing triton takes a second that most CPU users need not spend.
+        return getattr(importlib.import_module(f"mtlkernels.triton.{module}"), function)(*args)
+
+    return launch
+
+
+def _plain_gradients(
+    reference: Callable, tensors: Sequence[Tensor | None], values: tuple, needs: Sequence[bool], grads: Grads
+) -> list[Tensor | None]:
+    """Backward through the plain form, which torch can differentiate or batch once more (create_graph, vmap)."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs = reference(*tensors, *values)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(found) if need else None for need in needs]

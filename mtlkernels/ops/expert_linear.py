@@ -1,0 +1,165 @@
+"""expert_linear: a bank of linear layers as one batched GEMM, bias and activation in its epilogue."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend as _backend
+from ..reference import expert_linear as _plain
+from ._operator import Grads, Operator
+
+ACTIVATIONS = tuple(name for name in _plain.ACTIVATIONS if name)
+# Their derivative needs the value before the activation; the others' follows from the output.
+_NEED_INPUT = ("gelu", "silu")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    experts_per_unit: Sequence[int] | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``Y[b,e,:] = act(W_e X[b,unit(e),:] + c_e)``: every expert's linear layer in one call.
+
+    Args:
+        x: [B,K], read by every expert, or [B,U,K], where unit u feeds the next ``experts_per_unit[u]`` experts.
+            float64, float32, bfloat16 or float16; any strides.
+        weight: [E,N,K], each slice as ``torch.nn.Linear`` stores it. x's dtype; under autocast, which takes x to 16
+            bit, float32 weights enter as they are and their gradients stay float32.
+        bias: [E,N] in weight's dtype.
+        experts_per_unit: U counts that sum to E, for x [B,U,K] only; None is one expert a unit.
+        activation: None, "relu", "gelu" (exact), "silu", "tanh" or "sigmoid".
+        backend: "native", "triton", "reference"; None follows :func:`mtlkernels.use_backend`.
+
+    Returns:
+        [B,E,N] in x's dtype, summed in float32 (float64) and rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device does not fit; the message names it.
+    """
+    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+        x = _autocast(x)
+    counts = _check(x, weight, bias, experts_per_unit, activation)
+    name = activation or ""
+    grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    which = _backend.choose("expert_linear", backend, x.device, x.dtype)
+    save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
+    return OPERATOR(which, grad, x, weight, bias, counts, name, save)[0]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: Sequence[int] | None, activation: str | None
+) -> list[int] | None:
+    """Raises what does not fit; returns experts_per_unit as a list, or None where every unit has one expert."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        raise TypeError("x, weight and bias must be tensors (bias may be None)")
+    xs, ws = x.shape, weight.shape
+    if len(ws) != 3:
+        raise ValueError(f"weight must be [E,N,K], three dimensions; got shape {tuple(ws)}")
+    if len(xs) not in (2, 3):
+        raise ValueError(f"x must be [B,K] or [B,U,K]; got shape {tuple(xs)}")
+    if xs[-1] != ws[2]:
+        raise ValueError(f"x has {xs[-1]} features in its last dimension, weight [E,N,K] expects K={ws[2]}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}")
+    if weight.dtype != x.dtype and not (
+        weight.dtype == torch.float32
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and torch.is_autocast_enabled(x.device.type)
+    ):
+        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}: they must agree (or run under torch.autocast)")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: they must be on one device")
+    if bias is not None:
+        if bias.shape != ws[:2]:
+            raise ValueError(f"bias must be [E,N] = {tuple(ws[:2])}; got shape {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype or bias.device != x.device:
+            raise TypeError(f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if experts_per_unit is None:
+        if len(xs) == 3 and xs[1] != ws[0]:
+            raise ValueError(
+                f"x [B,U,K] has {xs[1]} units and weight {ws[0]} experts: give experts_per_unit, one count a unit"
+            )
+        return None
+    counts = list(experts_per_unit)
+    if len(xs) != 3:
+        raise ValueError("experts_per_unit goes with x [B,U,K]; x [B,K] is read by every expert")
+    if len(counts) != xs[1]:
+        raise ValueError(f"experts_per_unit has {len(counts)} counts, x [B,U,K] has {xs[1]} units")
+    if sum(counts) != ws[0] or (counts and min(counts) < 0):
+        raise ValueError(f"experts_per_unit must be counts that sum to weight's {ws[0]} experts; got {counts}")
+    return counts
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: list[int] | None, activation: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0], weight.shape[1])
+    return y, torch.empty_like(y) if save and activation in _NEED_INPUT else x.new_empty(0)
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    experts_per_unit: list[int] | None,
+    activation: str,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs & 1 else (0,)),
+        weight.new_empty(weight.shape if needs & 2 else (0,)),
+        weight.new_empty(weight.shape[:2] if needs & 4 else (0,)),
+    )
+
+
+def _keep(args: tuple, outputs: tuple) -> Tensor:
+    return outputs[1] if args[5] else outputs[0]
+
+
+def _gradients(backward, args: tuple, kept: Tensor, needs: Sequence[bool], grads: Grads) -> Grads:
+    x, weight, _, counts, activation, _ = args
+    if grads[0] is None:
+        return None, None, None
+    wanted = needs[0] + 2 * needs[1] + 4 * needs[2]
+    found = backward(grads[0], x, weight, kept, counts, activation, wanted)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+def _reference(x, weight, bias, experts_per_unit, activation, save) -> tuple[Tensor, Tensor]:
+    return _plain.expert_linear(x, weight, bias, experts_per_unit, activation), x.new_empty(0)
+
+
+OPERATOR = Operator(
+    "expert_linear",
+    num_tensors=3,
+    schemas=(
+        "(Tensor x, Tensor weight, Tensor? bias, int[]? experts_per_unit, str activation, bool save)"
+        " -> (Tensor, Tensor)",
+        "(Tensor grad, Tensor x, Tensor weight, Tensor saved, int[]? experts_per_unit, str activation, int needs)"
+        " -> (Tensor, Tensor, Tensor)",
+    ),
+    fakes=(_forward_fake, _backward_fake),
+    keep=_keep,
+    gradients=_gradients,
+    reference=_reference,
+    predicates={
+        "native": _backend.native_support("expert_linear", on_gpu=False),
+        "triton": _backend.triton_support,
+        "reference": _backend.reference_support,
+    },
+)

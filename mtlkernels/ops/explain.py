@@ -1,0 +1,29 @@
+"""explain: which backend would run a call."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import backend as _backend
+
+# The dispatcher op behind each public function.
+_BENEATH = {
+    "expert_linear": "expert_linear",
+    "mix": "mix",
+    "gated_mix": "mix",
+    "adatt_mix": "mix",
+    "linear_mix": "mix",
+}
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``op(*args, **kwargs)``, and why each other one would not, a line each.
+
+    The call itself is not run. Raises ValueError for an unknown operator, TypeError without a tensor argument.
+    """
+    if op not in _BENEATH:
+        raise ValueError(f"op must be one of {', '.join(_BENEATH)}; got {op!r}")
+    first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    if not isinstance(first, Tensor):
+        raise TypeError(f"explain needs the call's arguments: the first argument of {op} must be a tensor")
+    return _backend.describe(_BENEATH[op], kwargs.get("backend"), first.device, first.dtype)

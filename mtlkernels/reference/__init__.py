@@ -1,0 +1,1 @@
+"""What each operator means, in plain differentiable torch: any device, any dtype, float64 too."""

@@ -1,0 +1,42 @@
+"""expert_linear in plain torch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "": lambda z: z,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything shorter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def expert_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: list[int] | None, activation: str
+) -> Tensor:
+    """``Y[b,e,:] = act(W_e x[b,unit(e),:] + c_e)``, accumulated in float32 (float64) and rounded once.
+
+    x [B,K] or [B,U,K], weight [E,N,K], bias [E,N] -> [B,E,N] in x's dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    xa, wa = x.to(acc), weight.to(acc)
+    # Matmuls of the caller's dtype run under autocast would round to 16 bit in the middle of the sum.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dim() == 2:
+            z = torch.einsum("bk,enk->ben", xa, wa)
+        elif experts_per_unit is None or all(n == 1 for n in experts_per_unit):
+            z = torch.einsum("bek,enk->ben", xa, wa)
+        else:
+            units = zip(xa.unbind(1), wa.split(list(experts_per_unit)), strict=True)
+            z = torch.cat([torch.einsum("bk,enk->ben", xu, wu) for xu, wu in units], dim=1)
+        if bias is not None:
+            z = z + bias.to(acc)
+        return ACTIVATIONS[activation](z).to(x.dtype)

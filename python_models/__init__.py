@@ -1,0 +1,9 @@
+"""Multi-task architectures on the fused operators, one file each."""
+
+from .adatt import AdaTT
+from .mmoe import MMoE
+from .multitask import MultiTaskModel, Towers
+from .ple import CGC, PLE
+from .shared_bottom import SharedBottom
+
+__all__ = ["CGC", "PLE", "AdaTT", "MMoE", "MultiTaskModel", "SharedBottom", "Towers"]

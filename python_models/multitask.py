@@ -1,0 +1,34 @@
+"""A fusion network and its towers as one model."""
+
+from torch import Tensor, nn
+
+from mtlkernels.nn import Towers
+
+__all__ = ["MultiTaskModel", "Towers"]
+
+
+class MultiTaskModel(nn.Module):
+    """``towers(fusion(x))``: features to [B,T] logits, or {name: [B,n]}.
+
+    Args:
+        fusion: [B,K] -> [B,T,D], any network of this package.
+        towers: [B,T,D] -> outputs, as :class:`mtlkernels.nn.Towers`.
+
+    Raises:
+        TypeError: fusion or towers is not a module.
+        ValueError: both state their tasks or widths, and these differ.
+    """
+
+    def __init__(self, fusion: nn.Module, towers: nn.Module) -> None:
+        super().__init__()
+        for name, module in (("fusion", fusion), ("towers", towers)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a module; got {type(module).__name__}")
+        for given, read in (("out_features", "in_features"), ("num_tasks", "num_tasks")):
+            a, b = getattr(fusion, given, None), getattr(towers, read, None)
+            if a is not None and b is not None and a != b:
+                raise ValueError(f"towers has {read}={b}, fusion has {given}={a}: they must agree")
+        self.fusion, self.towers = fusion, towers
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        return self.towers(self.fusion(x))

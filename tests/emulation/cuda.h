@@ -1,0 +1,224 @@
+// CUDA device code executed by the host: enough of the programming model to run this project's kernels unchanged.
+//
+// Blocks run one after the other; the threads of a block are fibers that run until they wait (at a barrier or a
+// shuffle). Blocks and threads are taken in a selectable order, so that code that is right only by luck of scheduling
+// gives wrong numbers under another order. Shared memory starts as NaN in every block and ends at a guard zone. Each
+// barrier in the source has a number and can be switched off, with which a test shows that the barrier matters.
+#pragma once
+
+// The fortified longjmp refuses to go to another stack.
+#undef _FORTIFY_SOURCE
+
+#include <setjmp.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __syncthreads() emulation::barrier(__COUNTER__ - emulation::kFirstBarrier)
+#define MTL_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  emulation::launch([&] { (kernel)(__VA_ARGS__); }, blocks, threads, shared_bytes)
+
+using std::isinf;
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
+inline float __half2float(__half x) { return x; }
+inline float __bfloat162float(__nv_bfloat16 x) { return x; }
+inline __half __float2half_rn(float x) { return x; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline void __stwb(float4* to, float4 value) { *to = value; }
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+constexpr size_t kSharedBytes = 48 * 1024, kGuardBytes = 4096;
+
+namespace mtl {
+// What `extern __shared__ float4 shared_memory[]` in a kernel names: inside a function, extern means the enclosing
+// namespace.
+float4 shared_memory[(kSharedBytes + kGuardBytes) / sizeof(float4)];
+}  // namespace mtl
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 64 * 1024;
+constexpr int kFirstBarrier = __COUNTER__ + 1;  // barriers are numbered in the order of the source
+
+enum class Order { forward, reverse, shuffled };
+inline Order order = Order::forward;
+inline unsigned seed = 0;
+inline int skipped_barrier = -1;
+inline std::string error;  // the first failure of the last call; empty when all went well
+
+// A fiber is entered once through its ucontext; afterwards _longjmp switches, which, unlike swapcontext, makes no
+// system call: a shuffle of one warp is 32 switches.
+struct Fiber {
+  ucontext_t context;
+  jmp_buf place;
+  bool entered = false;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool done = false;
+  int waits_at = -1;      // barrier number; kWarpWait for a shuffle; -1 runnable
+  unsigned shuffles = 0;  // parity selects the exchange buffer: a lane is at most one shuffle ahead of its warp
+};
+constexpr int kWarpWait = 1 << 30;
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<float> exchange;  // [2][threads]
+  jmp_buf scheduler;
+  int current = 0;
+  std::function<void()> body;
+};
+inline Block block;
+
+inline void fail(const std::string& message) {
+  if (error.empty()) error = message;
+}
+
+inline void wait(int at) {
+  Fiber& fiber = block.fibers[block.current];
+  fiber.waits_at = at;
+  if (_setjmp(fiber.place) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void barrier(int number) {
+  if (number != skipped_barrier) wait(number);
+}
+
+template <class T>
+T shuffle_xor(unsigned mask, T value, int distance) {
+  static_assert(sizeof(T) == 4);
+  if (mask != 0xffffffffu) fail("a shuffle names only part of its warp");
+  const int me = block.current, threads = static_cast<int>(block.fibers.size());
+  float* buffer = block.exchange.data() + (block.fibers[me].shuffles++ % 2) * threads;
+  std::memcpy(buffer + me, &value, 4);
+  wait(kWarpWait);
+  std::memcpy(&value, buffer + (me ^ distance), 4);
+  return value;
+}
+
+inline void run_fiber() {
+  block.body();
+  block.fibers[block.current].done = true;
+  _longjmp(block.scheduler, 1);
+}
+
+inline void resume(int thread) {
+  block.current = thread;
+  threadIdx.x = thread;
+  Fiber& fiber = block.fibers[thread];
+  fiber.waits_at = -1;
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.place, 1);
+  fiber.entered = true;
+  setcontext(&fiber.context);
+}
+
+// Lets the fibers [first, last) continue if every one of them waits at the same place. Exited threads do not count.
+inline bool release(int first, int last, bool warp) {
+  int at = -1;
+  for (int i = first; i < last; ++i) {
+    const Fiber& fiber = block.fibers[i];
+    if (fiber.done && !warp) continue;
+    if (fiber.done || fiber.waits_at < 0 || (fiber.waits_at == kWarpWait) != warp) return false;
+    if (at >= 0 && fiber.waits_at != at) {
+      fail("threads of a block wait at different barriers");
+      return false;
+    }
+    at = fiber.waits_at;
+  }
+  for (int i = first; i < last; ++i) block.fibers[i].waits_at = -1;
+  return at >= 0;
+}
+
+inline std::vector<int> permutation(int n, unsigned salt) {
+  std::vector<int> ids(n);
+  std::iota(ids.begin(), ids.end(), 0);
+  if (order == Order::reverse) std::reverse(ids.begin(), ids.end());
+  if (order == Order::shuffled) std::shuffle(ids.begin(), ids.end(), std::mt19937(seed * 7919u + salt));
+  return ids;
+}
+
+inline void run_block(int threads, size_t shared_bytes) {
+  auto* shared = reinterpret_cast<unsigned char*>(mtl::shared_memory);
+  std::memset(shared, 0xff, sizeof mtl::shared_memory);  // float NaN, and all-true masks
+  block.exchange.assign(2 * threads, 0.0f);
+  block.fibers.resize(threads);
+  for (Fiber& fiber : block.fibers) {
+    fiber.done = fiber.entered = false;
+    fiber.waits_at = -1;
+    fiber.shuffles = 0;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  const std::vector<int> ids = permutation(threads, blockIdx.x);
+  bool alive = true;
+  while (alive && error.empty()) {
+    bool moved = false;
+    for (const int i : ids) {
+      Fiber& fiber = block.fibers[i];
+      if (fiber.done || fiber.waits_at >= 0) continue;
+      resume(i);
+      moved = true;
+    }
+    for (int w = 0; w < threads; w += kWarp) moved |= release(w, std::min(w + kWarp, threads), true);
+    alive = std::any_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return !f.done; });
+    if (alive && !moved && !release(0, threads, false))
+      fail("threads wait for ever: a barrier or shuffle is not reached by all");
+  }
+  for (size_t i = shared_bytes; i < sizeof mtl::shared_memory; ++i) {
+    if (shared[i] != 0xff) {
+      fail("a write past the end of shared memory");
+      break;
+    }
+  }
+}
+
+inline void launch(std::function<void()> body, int64_t blocks, int threads, size_t shared_bytes) {
+  if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > 1024 || shared_bytes > kSharedBytes) {
+    return fail("a launch that the device would refuse");
+  }
+  block.body = std::move(body);
+  gridDim.x = static_cast<unsigned>(blocks);
+  blockDim.x = threads;
+  for (const int b : permutation(static_cast<int>(blocks), 17)) {
+    blockIdx.x = b;
+    run_block(threads, shared_bytes);
+    if (!error.empty()) return;
+  }
+}
+
+}  // namespace emulation
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return emulation::shuffle_xor(mask, value, distance);
+}

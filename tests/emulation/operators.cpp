@@ -1,0 +1,10 @@
+// The CUDA operators, torch glue included, for CPU tensors in a namespace of their own: mtlkernels_emulated.
+#include <torch/csrc/stable/library.h>
+
+#undef STABLE_TORCH_LIBRARY
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(mtlkernels_emulated, m)
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(mtlkernels_emulated, CPU, m, C10_UID)
+
+#include "library.cpp"
+#include "mix.cu"
