@@ -97,11 +97,10 @@ def gemm_rates(dtype: torch.dtype, device: str = "cpu", *, seconds: float = 0.5)
 def _fastest(call: Callable[[], Any], seconds: float, device: str) -> float:
     """Seconds of the fastest call: a ceiling is what the machine can do, not what it did on average."""
     calls = 1 if device == "cpu" else 10  # enough to hide a launch
-    for _ in range(2):
-        call()
+    call()
     times: list[float] = []
     until = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < until:
+    while not times or time.perf_counter() < until:  # once may take seconds, where a type has no instructions
         synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):

@@ -94,6 +94,8 @@ def train_networks(splits: Splits, seeds: int, epochs: int, lr: float) -> dict[s
             model = build(name, splits.train, seed)
             fit(model, splits.train, epochs=epochs, batch_size=BATCH, lr=lr, seed=seed, progress=True)
             runs.append(evaluate(model, splits.test))
+            scores = "  ".join(f"{task} {metrics['auc']:.4f}" for task, metrics in runs[-1].items())
+            print(f"{name}, seed {seed}, AUC: {scores}", flush=True)
         result[name] = {
             "runs": runs,
             "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,5 +1,5 @@
-// What this build holds, for mtlkernels.build_info(). The build passes the facts that the compiler itself cannot know as macros.
-// No date and no path: the same sources and compilers give the same bytes.
+// What this build holds, for mtlkernels.build_info(). The build passes the facts that the compiler itself cannot know
+// as macros. No date and no path: the same sources and compilers give the same bytes.
 
 #include <pybind11/pybind11.h>
 

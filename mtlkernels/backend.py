@@ -68,13 +68,14 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs `op` for tensors of this device and dtype. Raises ValueError if the one asked for cannot."""
+def choose(op: str, backend: str | None, tensor: torch.Tensor) -> str:
+    """The backend that runs `op` for tensors like this one. Raises ValueError if the one asked for cannot."""
     name = _default if backend is None else backend
-    key = (op, name, device.type, dtype)
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    key = (op, name, device, tensor.dtype)
     found = _chosen.get(key)
     if found is None:
-        found = _decide(op, name, _case(device, dtype))
+        found = _decide(op, name, _case(tensor.device, tensor.dtype))
         _chosen[key] = found
     return found
 

@@ -55,6 +55,7 @@ struct Problem {
   int64_t tile_rows, tile_cols;
   std::vector<Unit> units;
   int64_t columns() const { return experts * outputs; }
+  double work() const { return double(batch) * columns() * features; }
   int64_t block_rows(int64_t depth) const {
     const int64_t rows = kBlockBytes / std::max<int64_t>(1, depth * int64_t(packed_size)) / tile_rows * tile_rows;
     return std::clamp<int64_t>(rows, 4 * tile_rows, 40 * tile_rows);
@@ -127,7 +128,7 @@ void multiply_units(const Problem& p, const PackKernels& pack, const char* panel
       for (int64_t c = 0; c < cols; c += width)
         tasks.push_back({&u, r, std::min(block, p.batch - r), c, std::min(width, cols - c)});
   }
-  run_tasks(int64_t(tasks.size()), [&](int64_t i) {
+  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const int64_t depth = depth_of(p, *t.unit);
     void* a = scratch(1, round_up(t.rows, p.tile_rows) * depth * p.packed_size + 64);
@@ -155,7 +156,7 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
                                          std::optional<std::vector<int64_t>> experts_per_unit, std::string activation_name,
                                          bool save) {
   const Activation activation = activation_from(activation_name);
-  const Tensor x = dense_rows(x_in), weight = torch::stable::contiguous(weight_in);
+  const Tensor x = dense_rows(x_in), weight = dense(weight_in);
   Problem p = problem(x, weight, experts_per_unit);
   const PackKernels &pack = pack_kernels(x.scalar_type(), "x"), &pack_w = pack_kernels(weight.scalar_type(), "weight");
   const bool with_z = save && needs_input(activation);
@@ -168,7 +169,7 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
   char* panels = static_cast<char*>(scratch(0, (numbers + bias_numbers) * p.packed_size));
   char* biases = panels + numbers * p.packed_size;
   const size_t w_element = weight.element_size(), element = x.element_size();
-  run_tasks(int64_t(p.units.size()), [&](int64_t i) {
+  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i) {
     const Unit& u = p.units[i];
     const Operand w{static_cast<const char*>(weight.const_data_ptr()) + u.first * p.features * w_element, nullptr,
                     Activation::kNone, p.features};
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
   });
   const auto bias_at = [&](const Unit& u) { return biases + (u.first + u.input * p.tile_cols) * p.packed_size; };
   if (bias_in) {
-    const Tensor bias = torch::stable::contiguous(*bias_in);
+    const Tensor bias = dense(*bias_in);
     STD_TORCH_CHECK(bias.numel() == p.columns() && bias.scalar_type() == weight.scalar_type(),
                     "bias must be [E,N] in weight's dtype");
     for (const Unit& u : p.units) {
@@ -203,7 +204,7 @@ Tensor input_gradient(Problem& p, const Tensor& x, const Tensor& weight, const O
   const int64_t padded = round_up(p.features, p.tile_cols);
   const int64_t numbers = lay_out(p, [&](const Unit& u) { return u.cols * padded; });
   char* panels = static_cast<char*>(scratch(0, numbers * p.packed_size));
-  run_tasks(int64_t(p.units.size()), [&](int64_t i) {
+  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i) {
     const Unit& u = p.units[i];
     const Operand w{static_cast<const char*>(weight.const_data_ptr()) + u.first * p.features * weight.element_size(),
                     nullptr, Activation::kNone, p.features};
@@ -239,7 +240,7 @@ void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tens
   for (const Unit& u : p.units)
     for (int64_t c = 0; c < u.cols; c += kGradientRows) tasks.push_back({&u, c, std::min(kGradientRows, u.cols - c)});
   const int64_t padded = round_up(p.features, p.tile_cols);
-  run_tasks(int64_t(tasks.size()), [&](int64_t i) {
+  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const int64_t first = t.unit->first + t.col;
     void* a = scratch(1, round_up(t.cols, p.tile_rows) * kDepth * p.packed_size + 64);
@@ -270,8 +271,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
                                                           std::optional<std::vector<int64_t>> experts_per_unit,
                                                           std::string activation_name, int64_t needs) {
   const Activation activation = activation_from(activation_name);
-  const Tensor x = dense_rows(x_in), weight = torch::stable::contiguous(weight_in);
-  const Tensor grad = torch::stable::contiguous(grad_in), saved = torch::stable::contiguous(saved_in);
+  const Tensor x = dense_rows(x_in), weight = dense(weight_in);
+  const Tensor grad = dense(grad_in), saved = dense(saved_in);
   Problem p = problem(x, weight, experts_per_unit);
   STD_TORCH_CHECK(grad.numel() == p.batch * p.columns() && grad.scalar_type() == x.scalar_type(),
                   "grad must be [B,E,N] in x's dtype");
@@ -291,6 +292,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
+  m.impl("expert_linear_eager", TORCH_BOX(&expert_linear));
   m.impl("expert_linear_backward", TORCH_BOX(&expert_linear_backward));
 }
 

@@ -38,10 +38,11 @@ ScalarType sum_type(const Tensor& experts) {
 struct Call {
   MixPlan plan;
   std::vector<int64_t> fixed_at;  // index into static of each route's weight; -1: none, -2: the constant 1
-  bool has_fixed = false, by_channel = false;
+  bool has_fixed = false;
   Tensor experts, logits, fixed, channels;
   MixArgs args{};
   int64_t batch;
+  double work() const { return double(batch) * plan.rows * plan.experts * plan.width; }
 };
 
 int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
@@ -55,8 +56,8 @@ int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, 
 
 void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native, bool with_static) {
   MixPlan& plan = call.plan;
-  const Tensor mask_dense = mask ? torch::stable::contiguous(*mask) : Tensor();
-  const Tensor columns_dense = columns ? torch::stable::contiguous(*columns) : Tensor();
+  const Tensor mask_dense = mask ? dense(*mask) : Tensor();
+  const Tensor columns_dense = columns ? dense(*columns) : Tensor();
   const bool* may = mask ? data<bool>(mask_dense) : nullptr;
   const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
   const bool dense = !may && !column;
@@ -111,13 +112,13 @@ void plan_users(MixPlan& plan) {
 // Copies static weights to the type of sums: a weight a route, or the channel weights as they lie.
 template <class C>
 void take_static(Call& call, const OptionalTensor& fixed) {
-  const Tensor from = fixed ? torch::stable::contiguous(*fixed) : Tensor();
+  const Tensor from = fixed ? dense(*fixed) : Tensor();
   const auto value = [&](int64_t i) {
     C v{};
     with_type(from.scalar_type(), "static", [&](auto s) { v = static_cast<C>(data<decltype(s)>(from)[i]); });
     return v;
   };
-  if (call.by_channel) {
+  if (call.plan.by_channel) {
     call.channels = allocate({fixed->numel()}, sum_type(call.experts));
     for (int64_t i = 0; i < fixed->numel(); ++i) mutable_data<C>(call.channels)[i] = value(i);
     call.args.channels = call.channels.const_data_ptr();
@@ -143,10 +144,10 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
   plan.experts = experts.size(1), plan.width = experts.size(2);
   plan.rows = rows_of_call(logits, fixed, mask, columns);
   plan.softmax = logits.has_value();
-  call.by_channel = fixed && fixed->dim() == 3;
-  call.has_fixed = (fixed && !call.by_channel) || native;
+  call.plan.by_channel = fixed && fixed->dim() == 3;
+  call.has_fixed = (fixed && !call.plan.by_channel) || native;
   if (logits) {
-    call.logits = torch::stable::contiguous(*logits);
+    call.logits = dense(*logits);
     STD_TORCH_CHECK(logits->size(0) == call.batch, "logits must have experts' batch size");
     plan.logit_cols = columns ? logits->size(1) : plan.rows * plan.experts;
     STD_TORCH_CHECK(logits->numel() == call.batch * plan.logit_cols, "logits must be [B,T,E], or [B,R] with columns");
@@ -155,7 +156,7 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
   } else {
     plan.logit_cols = 0;
   }
-  if (call.by_channel)
+  if (call.plan.by_channel)
     plan.begin.assign(plan.rows + 1, 0);
   else
     plan_routes(call, mask, columns, native, fixed.has_value());
@@ -163,7 +164,7 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
     int64_t largest = -1;
     for (int64_t at : call.fixed_at) largest = std::max(largest, at);
     STD_TORCH_CHECK(largest < fixed->numel(), "static has too few entries");
-    STD_TORCH_CHECK(!call.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
+    STD_TORCH_CHECK(!call.plan.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
                     "static [T,E,D] must fit experts, and goes without logits");
   }
   if (sum_type(experts) == ScalarType::Double)
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logi
   Tensor lse = logits ? allocate({call.batch, call.plan.rows}, sum_type(experts)) : allocate({0}, sum_type(experts));
   call.args.out = out.mutable_data_ptr(), call.args.lse = lse.mutable_data_ptr();
   const size_t bytes = kernel.scratch_bytes(call.plan);
-  run_tasks((call.batch + kRows - 1) / kRows, [&](int64_t i) {
+  run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i) {
     kernel.forward(call.args, i * kRows, std::min(call.batch, (i + 1) * kRows), scratch(1, bytes));
   });
   return {out, lse};
@@ -195,13 +196,13 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logi
 template <class C>
 Tensor gather_static(const Call& call, const Tensor& fixed, const std::vector<C>& partial, int64_t blocks) {
   Tensor dstatic = allocate_like(fixed);
-  const int64_t width = call.by_channel ? fixed.numel() : int64_t(call.fixed_at.size());
+  const int64_t width = call.plan.by_channel ? fixed.numel() : int64_t(call.fixed_at.size());
   with_type(fixed.scalar_type(), "static", [&](auto s) {
     using S = decltype(s);
     S* to = mutable_data<S>(dstatic);
     std::fill_n(to, fixed.numel(), S(0));
     for (int64_t r = 0; r < width; ++r) {
-      const int64_t at = call.by_channel ? r : call.fixed_at[r];
+      const int64_t at = call.plan.by_channel ? r : call.fixed_at[r];
       if (at < 0) continue;
       double sum = 0;
       for (int64_t block = 0; block < blocks; ++block) sum += partial[block * width + r];
@@ -215,12 +216,12 @@ template <class C>
 Tensor run_backward(Call& call, const OptionalTensor& fixed, bool with_static, const Tensor& like) {
   const MixKernels& kernel = kernels(call.experts);
   // Channel gradients are T * E * D a block: few blocks, so that their partial sums stay small beside the experts.
-  const int64_t rows = call.by_channel ? std::max(kRows, (call.batch + 15) / 16) : kRows;
+  const int64_t rows = call.plan.by_channel ? std::max(kRows, (call.batch + 15) / 16) : kRows;
   const int64_t blocks = (call.batch + rows - 1) / rows;
-  const int64_t width = !with_static ? 0 : call.by_channel ? fixed->numel() : int64_t(call.fixed_at.size());
+  const int64_t width = !with_static ? 0 : call.plan.by_channel ? fixed->numel() : int64_t(call.fixed_at.size());
   std::vector<C> partial(blocks * width, C{0});
   const size_t bytes = kernel.scratch_bytes(call.plan);
-  run_tasks(blocks, [&](int64_t i) {
+  run_tasks(blocks, call.work(), [&](int64_t i) {
     MixArgs args = call.args;
     args.dfixed = with_static ? partial.data() + i * width : nullptr;
     kernel.backward(args, i * rows, std::min(call.batch, (i + 1) * rows), scratch(1, bytes));
@@ -236,10 +237,10 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
   Call call = prepare(experts, logits, fixed, mask, columns, native);
   call.args.plan = &call.plan;
   plan_users(call.plan);
-  const Tensor grad = torch::stable::contiguous(grad_in);
+  const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
                   "grad must be [B,T,D] in experts' dtype");
-  const Tensor dlse = grad_lse ? torch::stable::contiguous(*grad_lse) : Tensor();
+  const Tensor dlse = grad_lse ? dense(*grad_lse) : Tensor();
   Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
                               : allocate({0}, experts.scalar_type());
   const bool with_logits = (needs & 2) && logits, with_static = (needs & 4) && fixed;
@@ -257,6 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("mix", TORCH_BOX(&mix));
+  m.impl("mix_eager", TORCH_BOX(&mix));
   m.impl("mix_backward", TORCH_BOX(&mix_backward));
 }
 

@@ -16,6 +16,7 @@ struct MixPlan {
   int64_t rows, experts, width;  // T, E, D
   int64_t logit_cols;            // logits a batch row: T * E, or R when packed
   bool softmax;                  // whether there are logits at all
+  bool by_channel;               // static is [T,E,D], and there are no routes
   std::vector<int64_t> begin;    // [T+1] the routes of row t are begin[t] .. begin[t+1]
   std::vector<int32_t> expert, column;  // of each route: its expert, its place among the logits
   std::vector<int32_t> leader;          // [T] first row of the run of rows with the same experts as this one

@@ -25,7 +25,9 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor allocate_like(const Tensor& t);
 
-// The tensor itself if its last dimension is dense (or has one element), else a contiguous copy.
+// The tensor itself if it is contiguous, else a copy that is; without asking the dispatcher, which costs a microsecond.
+Tensor dense(const Tensor& t);
+// The same where only the last dimension need be dense.
 Tensor dense_rows(const Tensor& t);
 
 template <class S>
@@ -55,10 +57,11 @@ void with_type(ScalarType dtype, const char* argument, const F& f) {
 }
 
 // Runs task(i) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold up the
-// rest. Which thread runs a task never changes its result.
+// rest. Which thread runs a task never changes its result. `work`: about how many operations they are together; waking
+// the threads costs as much as some ten thousand.
 template <class F>
-void run_tasks(int64_t tasks, const F& task) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+void run_tasks(int64_t tasks, double work, const F& task) {
+  const int64_t threads = work < 1e5 ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   if (threads <= 1) {
     for (int64_t i = 0; i < tasks; ++i) task(i);
     return;

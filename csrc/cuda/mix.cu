@@ -286,5 +286,6 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad, Optional gra
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
   m.impl("mix", TORCH_BOX(&mtl::mix));
+  m.impl("mix_eager", TORCH_BOX(&mtl::mix));
   m.impl("mix_backward", TORCH_BOX(&mtl::mix_backward));
 }

@@ -1,9 +1,10 @@
 """What every operator shares: its dispatcher ops, its fake kernels and its autograd.
 
 An operator is a forward and a backward dispatcher op with the same schema in two namespaces: ``mtlkernels`` (the C++
-library) and ``mtlkernels_triton``. In eager mode an autograd.Function stands outside the op and calls it below
-autograd, and is left out when no gradient is wanted; under compile and export the op itself is called, and the formula
-registered on it serves.
+library) and ``mtlkernels_triton``. Under compile and export the op itself is called, and the autograd formula
+registered on it serves. That formula runs in Python and costs 8 us a call, and stepping below it with a guard 1 us; so
+eager mode calls a twin, ``<name>_eager``, the same kernel without a formula, from an autograd.Function that is left
+out when no gradient is wanted.
 """
 
 import importlib
@@ -45,6 +46,7 @@ class Operator:
         self.name, self.num_tensors, self.reference = name, num_tensors, reference
         self._keep, self._gradients = keep, gradients
         self._forward: dict[str, Callable] = {}
+        self._eager: dict[str, Callable] = {}
         self._function: dict[str, type[torch.autograd.Function]] = {}
         backend.register(name, predicates)
         if _library.loaded():
@@ -55,19 +57,17 @@ class Operator:
 
     def __call__(self, which: str, wants_grad: bool, *args: Any) -> tuple[Tensor, ...]:
         """Run the forward op of backend `which` on `args`; `wants_grad`: one of its tensors requires a gradient."""
+        if torch.compiler.is_compiling():
+            return self.reference(*args) if which == "reference" else self._forward[which](*args)
         if which == "reference" or torch._C._are_functorch_transforms_active():
             return self.reference(*args)
-        if torch.compiler.is_compiling():
-            return self._forward[which](*args)
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._forward[which](*args)
+        return self._eager[which](*args)
 
     def _add(self, which: str, ops: Any, fakes: tuple[Callable, Callable]) -> None:
-        forward = getattr(ops, self.name).default
-        backward = getattr(ops, f"{self.name}_backward").default
-        for op, fake in zip((forward, backward), fakes, strict=True):
+        forward, eager, backward = (getattr(ops, self.name + suffix).default for suffix in ("", "_eager", "_backward"))
+        for op, fake in zip((forward, eager, backward), (fakes[0], *fakes), strict=True):
             torch.library.register_fake(op._name.removesuffix(".default"), fake)
         num_tensors, keep, gradients, reference = self.num_tensors, self._keep, self._gradients, self.reference
 
@@ -86,8 +86,7 @@ class Operator:
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-                with torch._C._AutoDispatchBelowAutograd():
-                    out = forward(*args)
+                out = eager(*args)
                 save(ctx, args, out)
                 return out
 
@@ -95,21 +94,25 @@ class Operator:
             def backward(ctx: Any, *grads: Tensor | None) -> Grads:
                 if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                     found = _plain_gradients(
-                        reference, ctx.saved_tensors[:num_tensors], ctx.values, ctx.needs_input_grad[:num_tensors], grads
+                        reference,
+                        ctx.saved_tensors[:num_tensors],
+                        ctx.values,
+                        ctx.needs_input_grad[:num_tensors],
+                        grads,
                     )
                     return (*found, *(None for _ in ctx.values))
-                with torch._C._AutoDispatchBelowAutograd():
-                    return differentiate(ctx, *grads)
+                return differentiate(ctx, *grads)
 
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
-        self._forward[which], self._function[which] = forward, Eager
+        self._forward[which], self._eager[which], self._function[which] = forward, eager, Eager
 
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this
-        for name, schema in zip((self.name, f"{self.name}_backward"), schemas, strict=True):
+        forward, backward = schemas
+        for name, schema in ((self.name, forward), (f"{self.name}_eager", forward), (f"{self.name}_backward", backward)):
             self._library.define(name + schema)
             for key in ("CUDA", "CPU"):
-                self._library.impl(name, _launcher(self.name, name), key)
+                self._library.impl(name, _launcher(self.name, name.removesuffix("_eager")), key)
 
 
 def _launcher(module: str, function: str) -> Callable:

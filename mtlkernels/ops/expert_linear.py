@@ -42,18 +42,18 @@ def expert_linear(
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit; the message names it.
     """
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
         x = _autocast(x)
     counts = _check(x, weight, bias, experts_per_unit, activation)
     name = activation or ""
     grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    which = _backend.choose("expert_linear", backend, x.device, x.dtype)
+    which = _backend.choose("expert_linear", backend, x)
     save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
     return OPERATOR(which, grad, x, weight, bias, counts, name, save)[0]
 
 
 def _autocast(x: Tensor) -> Tensor:
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

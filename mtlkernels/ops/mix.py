@@ -119,7 +119,7 @@ def adatt_mix(
 def _run(experts, logits, static, mask, columns, native, backend) -> Tensor:
     grad = experts.requires_grad or (logits is not None and logits.requires_grad)
     grad = grad or (static is not None and static.requires_grad)
-    which = _backend.choose("mix", backend, experts.device, experts.dtype)
+    which = _backend.choose("mix", backend, experts)
     return OPERATOR(which, grad, experts, logits, static, mask, columns, native)[0]
 
 

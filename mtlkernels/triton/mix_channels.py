@@ -73,9 +73,7 @@ def mix(experts: Tensor, static: Tensor) -> Tensor:
     return out
 
 
-def mix_backward(
-    grad: Tensor, experts: Tensor, static: Tensor, dexperts: Tensor, need_h: bool, need_s: bool
-) -> Tensor:
+def mix_backward(grad: Tensor, experts: Tensor, static: Tensor, dexperts: Tensor, need_h: bool, need_s: bool) -> Tensor:
     """Fills dexperts [B,E,D] if needed and returns dstatic [T,E,D], or an empty tensor; grad [B,T,D]."""
     batch, num_experts, width = experts.shape
     num_rows = static.shape[0]

@@ -114,7 +114,6 @@ def main(target: int, everything: bool) -> None:
         build_linear(target, "bf16", (256, 256), activation, weight="fp32")
         build_linear(target, "fp32", (256, 256), activation, precision="tf32")
 
-
     build_linear(target, "bf16", (1, 1), "relu", ones=("N", "K", "span", "total", "x_b", "x_u", "dx_b"))
     ones = ("T", "E", "D", "h_b", "h_e", "g_b", "g_t", "logit_b", "logit_t", "dlogit_b", "dlogit_t", "static_t",
             "partial_b")  # fmt: skip

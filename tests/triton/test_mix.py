@@ -144,8 +144,7 @@ MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1
 COLUMNS = torch.where(MASK, MASK.flatten().cumsum(0).reshape(MASK.shape) - 1, -1).int()
 
 
-@pytest.mark.parametrize("width", [12, 300])
-@pytest.mark.parametrize("parts", ["logits", "static", "both"])
+@pytest.mark.parametrize(("parts", "width"), [("logits", 12), ("static", 12), ("both", 12), ("both", 300)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_mask(ops, device, parts, packed, width):
     """A row with no expert is 0; an expert that no row may use, and one masked in some rows only, is not read there."""

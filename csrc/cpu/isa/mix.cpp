@@ -173,7 +173,7 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
     S* to = static_cast<S*>(args.out) + b * out_size;
     C* out = m.out;
     if constexpr (std::is_same_v<S, C>) out = to;
-    if (args.channels) {
+    if (plan.by_channel) {
       const C* c = static_cast<const C*>(args.channels);
       std::fill_n(out, out_size, C{0});
       for (int64_t t = 0; t < plan.rows; ++t)
@@ -297,7 +297,7 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
     S* to = args.dexperts ? static_cast<S*>(args.dexperts) + b * size : nullptr;
     C* dh = m.dexperts;
     if constexpr (std::is_same_v<S, C>) dh = to ? to : dh;
-    if (args.channels) {
+    if (plan.by_channel) {
       gradient_by_channel(args, h, stride, grad, grad_stride, dh);
     } else {
       C unused[1];
