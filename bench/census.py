@@ -27,7 +27,7 @@ EXPERTS = 6  # a level: all shared in MMoE, two a task in AdaTT-sp
 TOWER_DIMS = (32,)
 EMBEDDING_DIM = 4
 BATCH = 1024
-LOGISTIC_C = (0.03, 0.1, 0.3, 1.0)
+LOGISTIC_C = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 NETWORKS: dict[str, Callable[[int, int], torch.nn.Module]] = {
     "AdaTT-sp": lambda inputs, tasks: AdaTT(inputs, tasks, EXPERTS // tasks, expert_dims=EXPERT_DIMS),

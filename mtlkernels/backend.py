@@ -36,7 +36,8 @@ Predicate = Callable[[Case], Support]
 
 _default = os.environ.get("MTLKERNELS_BACKEND", "auto")
 _predicates: dict[str, dict[str, Predicate]] = {}
-_chosen: dict[tuple[str, str, str, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype], str] = {}
+_CPU = torch.device("cpu")
 
 
 def register(op: str, predicates: dict[str, Predicate]) -> None:
@@ -71,11 +72,16 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(op: str, backend: str | None, tensor: torch.Tensor) -> str:
     """The backend that runs `op` for tensors like this one. Raises ValueError if the one asked for cannot."""
     name = _default if backend is None else backend
-    device = "cpu" if tensor.is_cpu else tensor.device.type
-    key = (op, name, device, tensor.dtype)
+    return _lookup(op, name, _CPU if tensor.is_cpu else tensor.device, tensor.dtype)
+
+
+# A constant to torch.compile: if it traced into this, its guards would watch the dictionary, and every entry recompile.
+@torch.compiler.assume_constant_result
+def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    key = (op, name, device, dtype)
     found = _chosen.get(key)
     if found is None:
-        found = _decide(op, name, _case(tensor.device, tensor.dtype))
+        found = _decide(op, name, _case(device, dtype))
         _chosen[key] = found
     return found
 

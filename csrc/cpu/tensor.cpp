@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 
 namespace mtl {
 
@@ -21,20 +22,86 @@ void ask_for_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Freed blocks of large tensors, kept for the next of the same size: a training step asks for the same sizes again and
+// again, and the kernel zeroes every page it hands out (a quarter of a fused step went there). A block that the last
+// kPatience large allocations passed over is given back, so what is kept is about what the loop needs.
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);  // after fork the lock may be held for ever
+    if (lock) {
+      ++clock_;
+      void* found = nullptr;
+      for (size_t i = 0; i < free_.size();) {
+        const bool fits = !found && free_[i].bytes == bytes;
+        if (fits) found = free_[i].data;
+        if (!fits && clock_ - free_[i].freed < kPatience) {
+          ++i;
+          continue;
+        }
+        if (!fits) std::free(free_[i].data);
+        free_[i] = free_.back();
+        free_.pop_back();
+      }
+      if (found) return found;
+    }
+    void* fresh = std::aligned_alloc(kHugePage, bytes);
+    STD_TORCH_CHECK(fresh != nullptr, "out of memory: ", bytes, " bytes");
+    ask_for_huge_pages(fresh, bytes);
+    return fresh;
+  }
+
+  void give(void* data, size_t bytes) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock)
+      free_.push_back({data, bytes, clock_});
+    else
+      std::free(data);
+  }
+
+ private:
+  static constexpr uint64_t kPatience = 64;
+  struct Block {
+    void* data;
+    size_t bytes;
+    uint64_t freed;
+  };
+  std::mutex mutex_;
+  std::vector<Block> free_;
+  uint64_t clock_ = 0;
+};
+
+Pool& pool() {
+  static Pool* leaked = new Pool;  // tensors may outlive every static object
+  return *leaked;
+}
+
+size_t element_size(ScalarType dtype) {
+  size_t size = 0;
+  with_type(dtype, "dtype", [&](auto s) { size = sizeof(s); });
+  return size;
+}
+
 Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int64_t strides[4];
-  int64_t numel = 1;
+  int64_t numel = 1, elements = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = numel;
     numel *= std::max<int64_t>(sizes[d], 1);
+    elements *= sizes[d];
+  }
+  const size_t bytes = size_t(elements) * element_size(dtype);
+  if (bytes >= kHugePage) {
+    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    return torch::stable::from_blob(pool().take(whole), {sizes, size_t(dims)}, {strides, size_t(dims)},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                    [whole](void* data) { pool().give(data, whole); });
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  ask_for_huge_pages(t.mutable_data_ptr(), size_t(numel) * t.element_size());
-  return t;
+  return Tensor(handle);
 }
 
 struct Buffer {

@@ -55,15 +55,15 @@ class Operator:
             self._define_triton(schemas)
             self._add("triton", torch.ops.mtlkernels_triton, fakes)
 
-    def __call__(self, which: str, wants_grad: bool, *args: Any) -> tuple[Tensor, ...]:
-        """Run the forward op of backend `which` on `args`; `wants_grad`: one of its tensors requires a gradient."""
+    def __call__(self, which: str, wants_grad: bool, *args: Any) -> Tensor:
+        """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient."""
         if torch.compiler.is_compiling():
-            return self.reference(*args) if which == "reference" else self._forward[which](*args)
+            return self.reference(*args)[0] if which == "reference" else self._forward[which](*args)[0]
         if which == "reference" or torch._C._are_functorch_transforms_active():
-            return self.reference(*args)
+            return self.reference(*args)[0]
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)
-        return self._eager[which](*args)
+        return self._eager[which](*args)[0]
 
     def _add(self, which: str, ops: Any, fakes: tuple[Callable, Callable]) -> None:
         forward, eager, backward = (getattr(ops, self.name + suffix).default for suffix in ("", "_eager", "_backward"))
@@ -85,13 +85,16 @@ class Operator:
 
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            def forward(ctx: Any, *args: Any) -> Tensor:
+                # The first output alone goes back: every further one costs another microsecond.
                 out = eager(*args)
-                save(ctx, args, out)
-                return out
+                ctx.save_for_backward(*args[:num_tensors], keep(args, out))
+                ctx.values = args[num_tensors:]
+                return out[0]
 
             @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+            def backward(ctx: Any, grad: Tensor) -> Grads:
+                grads = (grad, None)
                 if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                     found = _plain_gradients(
                         reference,

@@ -49,7 +49,7 @@ def expert_linear(
     grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     which = _backend.choose("expert_linear", backend, x)
     save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
-    return OPERATOR(which, grad, x, weight, bias, counts, name, save)[0]
+    return OPERATOR(which, grad, x, weight, bias, counts, name, save)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -94,14 +94,26 @@ def _check(
                 f"x [B,U,K] has {xs[1]} units and weight {ws[0]} experts: give experts_per_unit, one count a unit"
             )
         return None
-    counts = list(experts_per_unit)
+    counts, total = read_counts(experts_per_unit)
     if len(xs) != 3:
         raise ValueError("experts_per_unit goes with x [B,U,K]; x [B,K] is read by every expert")
     if len(counts) != xs[1]:
         raise ValueError(f"experts_per_unit has {len(counts)} counts, x [B,U,K] has {xs[1]} units")
-    if sum(counts) != ws[0] or (counts and min(counts) < 0):
+    if total != ws[0] or (counts and min(counts) < 0):
         raise ValueError(f"experts_per_unit must be counts that sum to weight's {ws[0]} experts; got {counts}")
     return counts
+
+
+def read_counts(experts_per_unit: Sequence[int]) -> tuple[list[int], int]:
+    """experts_per_unit as a list, and its sum. Raises TypeError for anything but a sequence of ints."""
+    try:
+        counts = list(experts_per_unit)
+        total = sum(counts)
+    except TypeError:
+        total = None
+    if not isinstance(total, int):
+        raise TypeError(f"experts_per_unit must be a sequence of ints; got {experts_per_unit!r}")
+    return counts, total
 
 
 def _forward_fake(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backend as _backend
@@ -23,7 +24,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     if op not in _BENEATH:
         raise ValueError(f"op must be one of {', '.join(_BENEATH)}; got {op!r}")
-    first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+    first = args[0] if args else kwargs.get("x" if op == "expert_linear" else "experts")
     if not isinstance(first, Tensor):
         raise TypeError(f"explain needs the call's arguments: the first argument of {op} must be a tensor")
-    return _backend.describe(_BENEATH[op], kwargs.get("backend"), first.device, first.dtype)
+    device, dtype = first.device, first.dtype
+    if op == "expert_linear" and dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return _backend.describe(_BENEATH[op], kwargs.get("backend"), device, dtype)

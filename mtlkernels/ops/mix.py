@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import mix as _plain
 from ._operator import Grads, Operator
+from .expert_linear import read_counts
 from .routes import Routes
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ def mix(
         if not isinstance(routes, Routes):
             raise TypeError(f"routes must be a mtlkernels.Routes; got {type(routes).__name__}")
         columns = routes.columns
-        if columns.device != experts.device:
+        if isinstance(experts, Tensor) and columns.device != experts.device:
             raise ValueError(f"routes is on {columns.device}, experts on {experts.device}: use routes.to(device)")
     _check(experts, logits, static, mask, routes)
     return _run(experts, logits, static, mask, columns, None, backend)
@@ -76,7 +77,8 @@ def linear_mix(experts: Tensor, weight: Tensor, *, backend: str | None = None) -
     """
     if weight is None:
         raise TypeError("weight must be a tensor")
-    return mix(experts, None, weight, backend=backend)
+    _check(experts, None, weight, None, None, "weight")
+    return _run(experts, None, weight, None, None, None, backend)
 
 
 def adatt_mix(
@@ -99,20 +101,20 @@ def adatt_mix(
     if logits is None:
         raise TypeError("logits must be a tensor")
     _check(experts, logits, None, mask, None)
-    counts = list(experts_per_unit)
+    counts, total = read_counts(experts_per_unit)
     num_rows = logits.shape[1]
-    if sum(counts) != experts.shape[1] or (counts and min(counts) < 0):
+    if total != experts.shape[1] or (counts and min(counts) < 0):
         raise ValueError(f"experts_per_unit must be counts that sum to {experts.shape[1]} experts; got {counts}")
     if num_rows > len(counts):
         raise ValueError(f"logits has {num_rows} rows, experts_per_unit only {len(counts)} units: row t is unit t")
     if native is None:
         if any(n != 1 for n in counts[:num_rows]):
             raise ValueError(f"native None needs one expert in each of the first {num_rows} units; got {counts}")
-    elif native.dim() != 1 or native.shape[0] != sum(counts[:num_rows]):
-        raise ValueError(f"native must be [{sum(counts[:num_rows])}], a weight an expert of the first {num_rows} units; "
-                         f"got shape {tuple(native.shape)}")  # fmt: skip
     else:
         _check_side("native", native, experts)
+        if native.shape != (sum(counts[:num_rows]),):
+            raise ValueError(f"native must be [{sum(counts[:num_rows])}], a weight an expert of the first {num_rows} "
+                             f"units; got shape {tuple(native.shape)}")  # fmt: skip
     return _run(experts, logits, native, mask, None, counts, backend)
 
 
@@ -120,7 +122,7 @@ def _run(experts, logits, static, mask, columns, native, backend) -> Tensor:
     grad = experts.requires_grad or (logits is not None and logits.requires_grad)
     grad = grad or (static is not None and static.requires_grad)
     which = _backend.choose("mix", backend, experts)
-    return OPERATOR(which, grad, experts, logits, static, mask, columns, native)[0]
+    return OPERATOR(which, grad, experts, logits, static, mask, columns, native)
 
 
 def _check_side(name: str, tensor: Tensor, experts: Tensor) -> None:
@@ -133,8 +135,14 @@ def _check_side(name: str, tensor: Tensor, experts: Tensor) -> None:
 
 
 def _check(
-    experts: Tensor, logits: Tensor | None, static: Tensor | None, mask: Tensor | None, routes: Routes | None
+    experts: Tensor,
+    logits: Tensor | None,
+    static: Tensor | None,
+    mask: Tensor | None,
+    routes: Routes | None,
+    name: str = "static",
 ) -> None:
+    """Raises what does not fit; `name` is what the caller calls static."""
     if not isinstance(experts, Tensor):
         raise TypeError(f"experts must be a tensor; got {type(experts).__name__}")
     shape = experts.shape
@@ -157,19 +165,19 @@ def _check(
         else:
             rows = found[1]
     if static is not None:
-        _check_side("static", static, experts)
+        _check_side(name, static, experts)
         found = static.shape
         if routes is not None:
             if found != (routes.num_routes,):
-                raise ValueError(f"static must be packed [R] = [{routes.num_routes}]; got {tuple(found)}")
+                raise ValueError(f"{name} must be packed [R] = [{routes.num_routes}]; got {tuple(found)}")
         elif len(found) == 3:
             if logits is not None or mask is not None:
-                raise ValueError("static [T,E,D], a weight a channel, goes with neither logits nor mask")
+                raise ValueError(f"{name} [T,E,D], a weight a channel, goes with neither logits nor mask")
             if found[1:] != (num_experts, width):
-                raise ValueError(f"static must be [T,E,D] = [T, {num_experts}, {width}]; got {tuple(found)}")
+                raise ValueError(f"{name} must be [T,E,D] = [T, {num_experts}, {width}]; got {tuple(found)}")
         elif len(found) != 2 or found[1] != num_experts or (rows is not None and found[0] != rows):
             expected = f"[{'T' if rows is None else rows}, {num_experts}]"
-            raise ValueError(f"static must be [T,E] = {expected}; got {tuple(found)}")
+            raise ValueError(f"{name} must be [T,E] = {expected}; got {tuple(found)}")
         else:
             rows = found[0]
     if logits is None and static is None:

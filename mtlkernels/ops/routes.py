@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import count, counts
+
 
 class Routes:
     """The experts of each output row, packed: row t uses ``experts[offsets[t]:offsets[t+1]]``.
@@ -20,16 +22,18 @@ class Routes:
     Attributes: ``num_rows`` (T), ``num_experts`` (E), ``num_routes`` (R), ``offsets``, ``experts`` (int64) and
     ``columns`` [T,E] int32: the place of (t,e) in the packed weights, -1 where t does not use e.
 
-    Raises ValueError naming the argument that does not fit.
+    Raises ValueError or TypeError naming the argument that does not fit.
     """
 
     def __init__(self, offsets: Tensor | Sequence[int], experts: Tensor | Sequence[int], num_experts: int) -> None:
-        offsets = torch.as_tensor(offsets, dtype=torch.int64)
-        experts = torch.as_tensor(experts, dtype=torch.int64, device=offsets.device)
+        offsets = _integers("offsets", offsets)
+        experts = _integers("experts", experts).to(offsets.device)
+        count("num_experts", num_experts, 0)
         if offsets.dim() != 1 or offsets.numel() == 0 or offsets[0] != 0 or (offsets.diff() < 0).any():
             raise ValueError(f"offsets must be [T+1], from 0 and never falling; got {offsets.tolist()}")
         if experts.dim() != 1 or offsets[-1] != experts.numel():
-            raise ValueError(f"experts must be [R] with R = offsets[-1] = {int(offsets[-1])}; got {list(experts.shape)}")
+            expected = f"[R] with R = offsets[-1] = {int(offsets[-1])}"
+            raise ValueError(f"experts must be {expected}; got {list(experts.shape)}")
         if experts.numel() and (experts.min() < 0 or experts.max() >= num_experts):
             raise ValueError(f"experts must lie in [0, {num_experts}); got {experts.tolist()}")
         rows = torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
@@ -54,9 +58,12 @@ class Routes:
 
         PLE with two tasks and a shared unit: ``by_unit((2, 2, 1), [(0, 2), (1, 2), (0, 1, 2)])``.
         """
-        counts = list(experts_per_unit)
-        begin = [sum(counts[:u]) for u in range(len(counts) + 1)]
-        rows = [[e for u in row for e in range(begin[u], begin[u] + counts[u])] for row in units]
+        sizes = counts("experts_per_unit", experts_per_unit, 0)
+        for t, row in enumerate(units):
+            if not all(u in range(len(sizes)) for u in row):
+                raise ValueError(f"units[{t}] must name units in [0, {len(sizes)}); got {list(row)}")
+        begin = [sum(sizes[:u]) for u in range(len(sizes) + 1)]
+        rows = [[e for u in row for e in range(begin[u], begin[u] + sizes[u])] for row in units]
         offsets = [sum(len(r) for r in rows[:t]) for t in range(len(rows) + 1)]
         return cls(offsets, [e for row in rows for e in row], begin[-1])
 
@@ -72,3 +79,10 @@ class Routes:
 
     def __repr__(self) -> str:
         return f"Routes(rows={self.num_rows}, experts={self.num_experts}, routes={self.num_routes})"
+
+
+def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    found = torch.as_tensor(values)
+    if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+        raise TypeError(f"{name} must be integers; got {found.dtype}")
+    return found.to(torch.int64)

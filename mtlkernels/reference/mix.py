@@ -34,6 +34,12 @@ def mix(
     experts [B,E,D]; logits [B,T,E], or packed [B,R] with columns; static [T,E], packed [R], [T,E,D], or the native
     weights [sum(native[:T])]. Returns out [B,T,D] in experts' dtype and lse [B,T] (empty without logits).
     """
+    # Autocast would round the weights to 16 bit for the product.
+    with torch.autocast(experts.device.type, enabled=False):
+        return _mix(experts, logits, static, mask, columns, native)
+
+
+def _mix(experts, logits, static, mask, columns, native) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(experts.dtype)
     h = experts.to(acc)
     num_experts = experts.shape[1]
@@ -42,13 +48,10 @@ def mix(
         return out.to(experts.dtype), h.new_empty(0)
 
     allowed = allowed_experts(mask, columns)
-    take = None if columns is None else columns.clamp(min=0).long()
     if logits is not None:
         wide = logits.to(acc)
-        if take is not None:
-            wide = wide[:, take.reshape(-1)].reshape(-1, *take.shape) if wide.shape[1] else wide.new_zeros(
-                wide.shape[0], *take.shape
-            )
+        if columns is not None:
+            wide = _unpack(wide, columns)
         weights, lse = _softmax(wide, allowed)
         num_rows = wide.shape[1]
     else:
@@ -62,8 +65,8 @@ def mix(
         wide_v = torch.nn.functional.pad(v, (0, num_experts - v.shape[0]))
         weights = weights + torch.where(own, wide_v, 0)
     elif static is not None:
-        if take is not None:
-            static = static[take.reshape(-1)].reshape(take.shape) if static.shape[0] else static.new_zeros(take.shape)
+        if columns is not None:
+            static = _unpack(static, columns)
         weights = weights + static.to(acc)
 
     if allowed is None:
@@ -74,6 +77,13 @@ def mix(
         seen = torch.where(allowed[..., None], h[:, None], 0)
         out = torch.einsum("bte,bted->btd", weights, seen)
     return out.to(experts.dtype), lse
+
+
+def _unpack(packed: Tensor, columns: Tensor) -> Tensor:
+    """[..., R] -> [..., T, E]; anything where a row may not use an expert."""
+    if packed.shape[-1] == 0:  # nothing to point at, but the result still depends on it, so that it gets a gradient
+        packed = torch.nn.functional.pad(packed, (0, 1))
+    return packed[..., columns.clamp(min=0).long()]
 
 
 def _softmax(logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:

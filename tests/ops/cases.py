@@ -87,8 +87,8 @@ class Mix(NamedTuple):
 
     def tensors(self, dtype: torch.dtype = torch.float64, weights: torch.dtype | None = None) -> list[Tensor | None]:
         """experts in dtype; logits and static in `weights`, or in dtype too."""
-        return [t if t is None else t.to(w) for t, w in zip(self[:3], (dtype, weights or dtype, weights or dtype),
-                                                            strict=True)]  # fmt: skip
+        dtypes = dtype, weights or dtype, weights or dtype
+        return [t if t is None else t.to(w, copy=True) for t, w in zip(self[:3], dtypes, strict=True)]
 
     def __call__(self, experts, logits=None, static=None, *, backend=None) -> Tensor:
         if self.native is not None:
@@ -221,26 +221,31 @@ def expected(call, tensors: Sequence[Tensor | None], grad=random_grad, **options
     return outcome(wide, doubles, lambda out: grad(out.to(dtype)).double())
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float | None = None, what: str = "") -> None:
-    """Same shape, and every element within `tolerance` of the largest one (by default that of found's dtype)."""
+def close(
+    found: Tensor, wanted: Tensor, tolerance: float | None = None, what: str = "", floor: float = 1e-2
+) -> None:
+    """Same shape, and every element within `tolerance` (by default that of found's dtype) of the largest one.
+
+    floor: what the largest one counts for at least: for sums that cancel, the size of their terms.
+    """
     tolerance = tolerance or TOLERANCE[found.dtype]
     assert found.shape == wanted.shape, (what, found.shape, wanted.shape)
-    scale = max(wanted.nan_to_num(0, 0, 0).abs().max().item(), 1e-2) if wanted.numel() else 0
+    scale = max(wanted.nan_to_num(0, 0, 0).abs().max().item(), floor) if wanted.numel() else 0
     torch.testing.assert_close(
         found.double(), wanted.double(), rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )
 
 
-def agree(found: Outcome, wanted: Outcome, tensors: Sequence[Tensor | None]) -> None:
+def agree(found: Outcome, wanted: Outcome, tensors: Sequence[Tensor | None], floor: float = 1e-2) -> None:
     """Outputs and all gradients close; each gradient of the shape and dtype of its tensor."""
     dtype = next(t.dtype for t in tensors if t is not None)
     assert found.out.dtype == dtype
-    close(found.out, wanted.out, what="out")
+    close(found.out, wanted.out, what="out", floor=floor)
     for i, (got, want, tensor) in enumerate(zip(found.grads, wanted.grads, tensors, strict=True)):
         assert (got is None) == (tensor is None)
         if got is not None:
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
-            close(got, want, max(TOLERANCE[dtype], TOLERANCE[got.dtype]), f"gradient {i}")
+            close(got, want, max(TOLERANCE[dtype], TOLERANCE[got.dtype]), f"gradient {i}", floor)
 
 
 def same_bits(one: Outcome, other: Outcome) -> None:

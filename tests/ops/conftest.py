@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-_PERTURB = -6  # M_PERTURB of glibc's malloc.h: new blocks are filled with the complement of this byte, 0xfe: huge numbers
+_PERTURB = -6  # M_PERTURB in glibc's malloc.h: fills new blocks with a byte's complement; 0xfe makes huge numbers
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,23 +2,23 @@
 #pragma once
 
 #include "../../common/activation.h"
-#include "vector.h"
+#include "math.h"
 
 namespace mtl::MTL_ISA {
 
 template <class C>
 inline C sigmoid(C z) {
-  return C{1} / (C{1} + std::exp(-z));
+  return C{1} / (C{1} + exponential(-z));
 }
 
 // Standard normal distribution and density, for the exact gelu.
 template <class C>
 inline C normal_cdf(C z) {
-  return C{0.5} * std::erfc(-z * C{0.70710678118654752440});
+  return C{0.5} * complementary_error(-z * C{0.70710678118654752440});
 }
 template <class C>
 inline C normal_density(C z) {
-  return C{0.39894228040143267794} * std::exp(C{-0.5} * z * z);
+  return C{0.39894228040143267794} * exponential(C{-0.5} * z * z);
 }
 
 template <class C>
@@ -36,7 +36,7 @@ inline void activate(Activation activation, C* z, int64_t n) {
       for (int64_t i = 0; i < n; ++i) z[i] *= sigmoid(z[i]);
       return;
     case Activation::kTanh:
-      for (int64_t i = 0; i < n; ++i) z[i] = std::tanh(z[i]);
+      for (int64_t i = 0; i < n; ++i) z[i] = hyperbolic_tangent(z[i]);
       return;
     case Activation::kSigmoid:
       for (int64_t i = 0; i < n; ++i) z[i] = sigmoid(z[i]);

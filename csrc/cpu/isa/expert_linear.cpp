@@ -38,13 +38,25 @@ void narrow_row(const void* from, void* to, int64_t n) {
 // The tile's sums to memory: bias, activation and rounding while the tile is in L1.
 template <class S, class C = SumOf<S>>
 inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t cols, const Output& out) {
-  constexpr int width = kTileCols<C>;
+  constexpr int width = kTileCols<C>, lanes = kLanes<C>;
   S* y = static_cast<S*>(out.y) + r * out.stride + c;
   S* z = out.z ? static_cast<S*>(out.z) + r * out.stride + c : nullptr;
-  const C* bias = static_cast<const C*>(out.bias);
+  const C* bias = out.bias ? static_cast<const C*>(out.bias) + c : nullptr;
+  const bool relu = out.activation == Activation::kRelu, plain = relu || out.activation == Activation::kNone;
+  if (std::is_same_v<S, C> && cols == width && plain && !z) {
+    // The usual case in registers: 11 % of a 4096 x 512 x 256 product went into the general one below.
+    using V = Vector<C>;
+    const V b0 = bias ? load(bias) : V{}, b1 = bias ? load(bias + lanes) : V{};
+    for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
+      V v0 = load(tile) + b0, v1 = load(tile + lanes) + b1;
+      if (relu) v0 = v0 <= C{0} ? V{} : v0, v1 = v1 <= C{0} ? V{} : v1;
+      store(reinterpret_cast<C*>(y), v0), store(reinterpret_cast<C*>(y) + lanes, v1);
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
     if (bias)
-      for (int j = 0; j < width; ++j) tile[j] += bias[c + j];
+      for (int j = 0; j < width; ++j) tile[j] += bias[j];
     if (z) {
       narrow(tile, z, cols);
       z += out.stride;
@@ -72,6 +84,18 @@ void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t 
   }
 }
 
+// A tile of `sums` to or from `tile`; whole tiles, the usual ones, with bounds the compiler knows.
+template <class C>
+inline void copy_tile(C* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows, int64_t cols) {
+  constexpr int width = kTileCols<C>;
+  if (rows == kTileRows && cols == width) {
+    for (int i = 0; i < kTileRows; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, width * sizeof(C));
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) to[i * to_stride + j] = from[i * from_stride + j];
+  }
+}
+
 template <class C>
 void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
                 bool add) {
@@ -83,12 +107,9 @@ void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_
     for (int64_t r = 0; r < rows; r += kTileRows) {
       C* to = static_cast<C*>(sums) + r * stride + c;
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
-      if (add)
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < m; ++j) tile[i * width + j] = to[i * stride + j];
+      if (add) copy_tile(tile, width, to, stride, n, m);
       multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, add);
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < m; ++j) to[i * stride + j] = tile[i * width + j];
+      copy_tile(to, stride, tile, width, n, m);
     }
   }
 }

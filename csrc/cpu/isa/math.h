@@ -1,4 +1,4 @@
-// exp without branches, so that loops over it become vectors; double takes the standard library's.
+// exp, tanh and erfc without branches, so that loops over them become vectors; double takes the standard library's.
 #pragma once
 
 #include "vector.h"
@@ -30,6 +30,44 @@ inline float exponential(float x) {
   float scale[2];
   std::memcpy(scale, bits, sizeof(scale));
   return p * scale[0] * scale[1];
+}
+
+inline double hyperbolic_tangent(double x) {
+  return std::tanh(x);
+}
+
+// Below 0.625 an odd polynomial, for 1 - 2 / (exp(2x) + 1) cancels there; above, that.
+inline float hyperbolic_tangent(float x) {
+  const float a = x < 0 ? -x : x, z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float small = p * z * x + x;
+  const float large = 1.0f - 2.0f / (exponential(2.0f * a) + 1.0f);
+  return a < 0.625f ? small : x < 0 ? -large : large;
+}
+
+inline double complementary_error(double x) {
+  return std::erfc(x);
+}
+
+// Chebyshev fit of exp(x^2) erfc(x) in 1 / (1 + x/2), relative error 1.2e-7 (Press et al., Numerical Recipes, 6.2).
+inline float complementary_error(float x) {
+  const float a = x < 0 ? -x : x, t = 1.0f / (1.0f + 0.5f * a);
+  float p = 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const float tail = t * exponential(p - a * a);
+  return x < 0 ? 2.0f - tail : tail;
 }
 
 }  // namespace mtl::MTL_ISA

@@ -1,0 +1,516 @@
+"""mix and its forms on every backend of a CPU: values, gradients, routes and masks, numerics, bad input."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import mtlkernels as mtl
+
+from .cases import (
+    GRAD_LAYOUTS,
+    MIX,
+    ODD_MIX,
+    Mix,
+    agree,
+    close,
+    each_backend,
+    each_dtype,
+    expected,
+    halves,
+    layouts,
+    make_mix,
+    native_only,
+    outcome,
+    over,
+    random_grad,
+    same_bits,
+)
+
+MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
+
+
+def loop(case: Mix):
+    """The definition, one row of one task at a time."""
+    h, logits, static = (None if t is None else t.numpy() for t in case.tensors())
+    if static is not None and static.ndim == 3:
+        return torch.from_numpy((static * h[:, None]).sum(2))
+    if case.routes is not None:
+        offsets, used = case.routes.offsets.tolist(), case.routes.experts.tolist()
+        rows = [[(e, r) for r, e in enumerate(used) if a <= r < z] for a, z in itertools.pairwise(offsets)]
+    else:
+        count = (static if logits is None else logits).shape[-2]
+        may = case.mask if case.mask is not None else torch.ones(count, h.shape[1], dtype=torch.bool)
+        rows = [[(e, (t, e)) for e in range(h.shape[1]) if may[t, e]] for t in range(count)]
+    begins = [0, *itertools.accumulate(case.native or ())]
+    out = np.zeros((len(h), len(rows), h.shape[2]))
+    for b, (t, row) in itertools.product(range(len(h)), enumerate(rows)):
+        gate = {} if logits is None else {e: math.exp(logits[b][at]) for e, at in row}
+        for e, at in row:
+            a = gate[e] / sum(gate.values()) if gate else 0.0
+            if case.native is not None:
+                a += (1.0 if static is None else static[e]) if begins[t] <= e < begins[t + 1] else 0.0
+            elif static is not None:
+                a += static[at]
+            out[b, t] += a * h[b, e]
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("case", over({k: v for k, v in MIX.items() if v.experts.numel() < 1000}))
+def test_the_reference_is_the_definition(case):
+    close(case(*case.tensors(), backend="reference"), loop(case), 1e-14)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("case", over(MIX))
+def test_shapes_and_forms(case, dtype, backend):
+    tensors = case.tensors(dtype)
+    agree(outcome(lambda *t: case(*t, backend=backend), tensors), expected(case, tensors), tensors)
+
+
+@each_backend
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["both", "both packed", "native masked", "channel"])
+@each_dtype
+def test_weights_of_another_dtype(form, weights, dtype, backend):
+    case = MIX[f"{form}, over a block"]
+    tensors = case.tensors(dtype, weights)
+    agree(outcome(lambda *t: case(*t, backend=backend), tensors), expected(case, tensors), tensors)
+    if form == "both":
+        logits, static = tensors[1].float(), tensors[2].double()
+        agree(
+            outcome(lambda *t: case(*t, backend=backend), (tensors[0], logits, static)),
+            expected(case, (tensors[0], logits, static)),
+            (tensors[0], logits, static),
+        )
+
+
+@each_backend
+@pytest.mark.parametrize("which", ["experts", "logits", "static"])
+@pytest.mark.parametrize("form", ["both", "both masked", "both packed", "native", "channel"])
+def test_layouts(form, which, backend):
+    case = make_mix(form, 6, 3, 5, 12)
+    position = ["experts", "logits", "static"].index(which)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = case.tensors(dtype)
+        if tensors[position] is None:
+            pytest.skip(f"{form} has no {which}")
+        for name, other in layouts(tensors[position]).items():
+            strided = [*tensors[:position], other, *tensors[position + 1 :]]
+            dense = [t if t is None else t.contiguous() for t in strided]
+            try:
+                found = outcome(lambda *t: case(*t, backend=backend), strided)
+                # Equal experts: the softmax's gradient is exactly 0, a difference of numbers of size 1.
+                equal = which == "experts" and name in ("expanded middle", "a single number")
+                agree(found, expected(case, strided), strided, floor=1 if equal else 1e-2)
+                if backend == "native":
+                    same_bits(found, outcome(lambda *t: case(*t, backend=backend), dense))
+            except AssertionError as error:
+                raise AssertionError(f"{which} {name}") from error
+
+
+@each_backend
+@pytest.mark.parametrize("form", ["both masked", "native masked"])
+def test_mask_layouts(form, backend):
+    case = ODD_MIX[form]
+    tensors = case.tensors(torch.float32)
+    may = case.mask
+    for mask in (may.t().contiguous().t(), torch.stack([~may, may], -1)[..., 1], may[:1].expand(3, -1)):
+        strided, dense = case._replace(mask=mask), case._replace(mask=mask.contiguous())
+        found = outcome(lambda *t, c=strided: c(*t, backend=backend), tensors)
+        agree(found, expected(dense, tensors), tensors)
+
+
+@each_backend
+@pytest.mark.parametrize("grad", over(GRAD_LAYOUTS))
+@pytest.mark.parametrize("form", ["both", "both packed", "channel"])
+def test_gradient_layouts(form, grad, backend):
+    case = MIX[f"{form}, over a block"]
+    for dtype in (torch.float64, torch.bfloat16):
+        tensors = case.tensors(dtype)
+        agree(outcome(lambda *t: case(*t, backend=backend), tensors, grad), expected(case, tensors, grad), tensors)
+
+
+@each_backend
+@pytest.mark.parametrize("case", over(ODD_MIX))
+def test_each_gradient_alone(case, backend):
+    tensors = case.tensors(torch.float32)
+
+    def call(*t):
+        return case(*t, backend=backend)
+
+    every = outcome(call, tensors)
+    for needs in itertools.product((False, True), repeat=3):
+        if any(n and t is not None for n, t in zip(needs, tensors, strict=True)):
+            same_bits(outcome(call, tensors, needs=needs), every)
+    with torch.no_grad():
+        plain = call(*(t if t is None else t.requires_grad_() for t in tensors))
+    assert not plain.requires_grad and torch.equal(plain, every.out)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("packed", [False, True], ids=["mask", "routes"])
+@pytest.mark.parametrize("parts", ["logits", "static", "both"])
+def test_what_is_masked_is_not_read(parts, packed, dtype, backend):
+    """NaN and Inf in experts that a row may not use, and in their logits and weights, change nothing there."""
+    gen = torch.Generator().manual_seed(0)
+    h, logits, static = (torch.randn(s, generator=gen).to(dtype) for s in ((70, 5, 9), (70, 4, 5), (4, 5)))
+    bad_logits, bad_static = logits.clone(), static.clone()
+    for bad in (bad_logits, bad_static):
+        bad[..., ~MASK] = torch.tensor([math.nan, math.inf, -math.inf]).repeat(5)[: int((~MASK).sum())].to(dtype)
+    routes = mtl.Routes.from_mask(MASK) if packed else None
+    if packed:
+        logits, static, bad_logits, bad_static = (t[..., MASK] for t in (logits, static, bad_logits, bad_static))
+    case = Mix(h, mask=None if packed else MASK, routes=routes)
+    weights = [None if parts == "static" else logits, None if parts == "logits" else static]
+    bad_weights = [None if parts == "static" else bad_logits, None if parts == "logits" else bad_static]
+
+    def call(*t):
+        return case(*t, backend=backend)
+
+    clean = outcome(call, [h, *weights])
+    assert (clean.out[:, 1] == 0).all() and (clean.grads[0][:, [1, 4]] == 0).all()
+    # Experts 1 and 4 serve nobody; 0 and 3 serve rows 0 and 3, not row 2.
+    unread = h.clone()
+    unread[:, 1], unread[:, 4] = math.nan, math.inf
+    dirty = outcome(call, [unread, *bad_weights])
+    same_bits(clean, dirty)
+    unread[:, 0], unread[:, 3] = math.nan, -math.inf
+    keep = torch.tensor([0.0, 1, 1, 0])[:, None].to(dtype)
+    found = outcome(call, [unread, *bad_weights], lambda out: random_grad(out) * keep)
+    wanted = outcome(call, [h, *weights], lambda out: random_grad(out) * keep)
+    assert torch.equal(found.out[:, 1:3], clean.out[:, 1:3]) and found.out[:, [0, 3]].isnan().all()
+    assert torch.equal(found.grads[0], wanted.grads[0])
+    if not packed:
+        for got, want in zip(found.grads[1:], wanted.grads[1:], strict=True):
+            if got is not None:
+                assert torch.equal(got[..., 1:3, :], want[..., 1:3, :])
+                assert (got[..., ~MASK] == 0).all()
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("form", ["both masked", "both packed", "native masked", "unit native masked", "logits masked"])
+def test_rows_without_experts_are_zero(form, dtype, backend):
+    """All rows empty: zeros come out and go back, whatever the tensors hold."""
+    case = ODD_MIX[form]
+    if case.routes is not None:
+        case = Mix(case.experts, torch.zeros(5, 0), torch.zeros(0), routes=mtl.Routes([0, 0, 0, 0], [], 7))
+    else:
+        case = case._replace(mask=torch.zeros(3, 7, dtype=torch.bool))
+    tensors = case.tensors(dtype)
+    for t in tensors:
+        if t is not None and t.numel():
+            t.view(-1)[::2] = math.nan
+    found = outcome(lambda *t: case(*t, backend=backend), tensors)
+    assert all((t == 0).all() for t in (found.out, *found.grads) if t is not None)
+    assert found.out.shape == (5, 3, 20)
+
+
+EXTREME = {
+    "large": lambda t: t.fill_(1e4),
+    "one far above": lambda t: t.select(-1, 1).fill_(1e4),
+    "one far below": lambda t: t.select(-1, 2).fill_(-1e4),
+    "large both ways": lambda t: t.copy_(torch.where(torch.arange(t.shape[-1]) % 2 == 0, 1e4, -1e4)),
+    "all equal": lambda t: t.fill_(0.3),
+    "one -inf": lambda t: t.select(-1, 2).fill_(-math.inf),
+    "all but one -inf": lambda t: t.narrow(-1, 1, t.shape[-1] - 1).fill_(-math.inf),
+    "at the overflow of exp": lambda t: t.copy_(88.6 + 0.1 * torch.arange(t.shape[-1])),
+    "at its underflow": lambda t: t.mul_(35),
+}
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("how", over(EXTREME))
+@pytest.mark.parametrize("form", ["logits", "both", "both masked", "both packed", "native"])
+def test_extreme_logits(form, how, dtype, backend):
+    case = ODD_MIX[form]
+    tensors = case.tensors(dtype)
+    if form == "both masked":
+        case = case._replace(mask=torch.tensor([[1, 1, 1, 0, 1, 1, 0], [0] * 7, [1] * 7]).bool())
+    how(tensors[1])
+    if form == "both packed":  # row 0 keeps a finite logit
+        tensors[1][:, [0, -1]] = 1.0
+    found, wanted = outcome(lambda *t: case(*t, backend=backend), tensors), expected(case, tensors)
+    assert not found.out.isnan().any() and not any(g.isnan().any() for g in found.grads if g is not None)
+    agree(found, wanted, tensors)
+
+
+@each_backend
+@each_dtype
+def test_minus_infinity_everywhere_is_nan_there_alone(dtype, backend):
+    """Softmax of a row of -inf has no meaning, and torch's gives NaN; the other rows do not hear of it."""
+    case = ODD_MIX["logits"]
+    experts, logits, _ = case.tensors(dtype)
+    clean = case(experts, logits, backend=backend)
+    logits[2, 1] = -math.inf
+    out = case(experts, logits, backend=backend)
+    assert out[2, 1].isnan().all()
+    out[2, 1] = clean[2, 1]
+    assert torch.equal(out, clean)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("form", ["logits", "logits packed", "logits masked"])
+def test_one_expert_is_exact(form, dtype, backend):
+    """A softmax over one expert is exactly 1, its gradient exactly 0."""
+    case = make_mix("logits", 9, 3, 1, 13)
+    experts, logits, _ = case.tensors(dtype)
+    logits[0], logits[1], logits[2] = 1e4, -1e4, 700
+    if form != "logits":
+        mask = torch.ones(3, 1, dtype=torch.bool)
+        packed = form == "logits packed"
+        case = case._replace(mask=None if packed else mask, routes=mtl.Routes.from_mask(mask) if packed else None)
+        logits = logits[:, mask] if packed else logits
+    found = outcome(lambda *t: case(*t, backend=backend), (experts, logits))
+    assert torch.equal(found.out, experts.expand(-1, 3, -1)) and (found.grads[1] == 0).all()
+
+
+@each_backend
+@each_dtype
+def test_identity_and_permutation_copy(dtype, backend):
+    experts = torch.randn(67, 6, 21).to(dtype)
+    order = torch.randperm(6)
+    assert torch.equal(mtl.linear_mix(experts, torch.eye(6)[order], backend=backend), experts[:, order])
+    wide = torch.eye(6)[order][..., None].expand(-1, -1, 21)
+    assert torch.equal(mtl.linear_mix(experts, wide, backend=backend), experts[:, order])
+
+
+@native_only
+@halves
+def test_rounded_once(dtype):
+    unit = torch.finfo(dtype).eps / 2
+    for form in ("logits", "static", "both", "both packed", "native", "channel"):
+        case = MIX[f"{form}, over a block"]
+        tensors = case.tensors(dtype, torch.float32)
+        exact = expected(case, tensors).out
+        error = (case(*tensors, backend="native").double() - exact).abs()
+        assert (error <= unit * exact.abs() * 1.001 + 2e-6 * exact.abs().max()).all(), form
+
+
+@native_only
+@halves
+@pytest.mark.parametrize("form", ["logits", "static", "both", "both masked", "channel"])
+def test_half_precision_against_plain_torch(form, dtype):
+    """At most twice the error of softmax and bmm in the same dtype, forward and every gradient."""
+    case = make_mix(form, 130, 4, 12, 48)
+    tensors = case.tensors(dtype)
+
+    def plain(experts, logits, static):
+        if form == "channel":
+            return torch.einsum("ted,bed->btd", static, experts)
+        if logits is None:
+            return torch.matmul(static, experts)
+        if case.mask is not None:
+            some = case.mask.any(-1, keepdim=True)
+            logits = torch.where(some, logits.masked_fill(~case.mask, -math.inf), 0)
+        a = torch.softmax(logits, -1)
+        a = a if static is None else a + static
+        return torch.bmm(a if case.mask is None else torch.where(case.mask, a, 0), experts)
+
+    exact = expected(case, tensors)
+    ours, torchs = outcome(lambda *t: case(*t, backend="native"), tensors), outcome(plain, tensors)
+    for a, b, e in zip((ours.out, *ours.grads), (torchs.out, *torchs.grads), (exact.out, *exact.grads), strict=True):
+        if e is not None:
+            mine, theirs = (a.double() - e).abs(), (b.double() - e).abs()
+            assert mine.max() <= 2 * theirs.max() and mine.norm() <= 2 * theirs.norm()
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("form", ["both", "both packed", "native", "channel"])
+def test_a_nan_stays_in_its_row(form, dtype, backend):
+    case = MIX[f"{form}, over a block"]
+    experts, logits, static = case.tensors(dtype)
+    given = [t for t in (experts, logits) if t is not None]
+    hurt = [t.clone() for t in given]
+    hurt[0][3, 2, 4] = math.nan
+    if logits is not None:
+        hurt[1].flatten(1)[40, 1] = math.nan
+    rows = [b for b in range(65) if b not in (3, 40)]
+
+    def call(*t):
+        return case(t[0], t[1] if logits is not None else None, static, backend=backend)
+
+    clean, found = outcome(call, given), outcome(call, hurt)
+    assert found.out[3, :, 4].isnan().any() and (logits is None or found.out[40].isnan().any())
+    for a, b in zip((found.out, *found.grads), (clean.out, *clean.grads), strict=True):
+        assert torch.equal(a[rows], b[rows])
+
+
+@native_only
+@each_dtype
+@pytest.mark.parametrize("form", ODD_MIX)
+def test_equal_rows_and_runs_agree_bit_for_bit(form, dtype):
+    case = MIX[f"{form}, over a block"]
+    experts, logits, static = case.tensors(dtype)
+    equal = [None if t is None else t[:1].repeat(135, *(1,) * (t.dim() - 1)) for t in (experts, logits)]
+    found = outcome(lambda *t: case(*t, backend="native"), (*equal, static), torch.ones_like)
+    for rows in (found.out, *found.grads[:2]):
+        if rows is not None:
+            assert torch.equal(rows, rows[:1].expand_as(rows))
+    same_bits(found, outcome(lambda *t: case(*t, backend="native"), (*equal, static), torch.ones_like))
+    alone = case(*(None if t is None else t[:1] for t in (experts, logits)), static, backend="native")
+    assert torch.equal(alone, found.out[:1])
+
+
+@native_only
+@each_dtype
+@pytest.mark.parametrize("form", ["both", "both masked", "both packed", "native", "channel"])
+def test_threads_change_nothing(form, dtype):
+    case = make_mix(form, 300, 4, 6, 11)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(outcome(lambda *t: case(*t, backend="native"), case.tensors(dtype)))
+    finally:
+        torch.set_num_threads(before)
+    same_bits(found[0], found[1])
+    same_bits(found[0], found[2])
+
+
+@each_backend
+@halves
+def test_autocast(dtype, backend):
+    """Experts come as 16 bit from expert_linear; float32 logits and static weights stay float32."""
+    case = MIX["both, over a block"]
+    tensors = case.tensors(dtype, torch.float32)
+
+    def call(*t):
+        with torch.autocast("cpu", dtype=dtype):
+            return case(*t, backend=backend)
+
+    found = outcome(call, tensors)
+    agree(found, expected(case, tensors), tensors)
+    same_bits(found, outcome(lambda *t: case(*t, backend=backend), tensors))
+    single = case.tensors(torch.float32)
+    close(call(*single), expected(case, single).out, 1e-2)
+
+
+@each_backend
+def test_forms_are_mix(backend):
+    """gated_mix, linear_mix and adatt_mix give what mix gives for the same weights."""
+    case = ODD_MIX["both"]
+    experts, logits, static = case.tensors()
+    mask = torch.rand(3, 7) < 0.7
+    routes = mtl.Routes.from_mask(mask)
+
+    def mix(*args, **kwargs):
+        return mtl.mix(*args, **kwargs, backend=backend)
+
+    assert torch.equal(mtl.gated_mix(experts, logits, mask=mask, backend=backend), mix(experts, logits, mask=mask))
+    packed = mtl.gated_mix(experts, logits[:, mask], routes=routes, backend=backend)
+    torch.testing.assert_close(packed, mix(experts, logits, mask=mask))
+    assert torch.equal(mtl.linear_mix(experts, static, backend=backend), mix(experts, None, static))
+    native, counts = torch.randn(5, dtype=torch.float64), (2, 0, 3, 2)
+    padded = torch.zeros(3, 7, dtype=torch.float64)
+    padded[0, :2], padded[2, 2:5] = native[:2], native[2:]
+    found = mtl.adatt_mix(experts, logits, native, experts_per_unit=counts, backend=backend)
+    torch.testing.assert_close(found, mix(experts, logits, padded))
+    found = mtl.adatt_mix(experts, logits, None, experts_per_unit=(1, 1, 1, 4), mask=mask, backend=backend)
+    torch.testing.assert_close(found, mix(experts, logits, torch.eye(3, 7, dtype=torch.float64), mask=mask))
+
+
+H, L, S, M = torch.zeros(2, 5, 3), torch.zeros(2, 4, 5), torch.zeros(4, 5), torch.ones(4, 5, dtype=torch.bool)
+ROUTES = mtl.Routes.from_mask(MASK)
+R = ROUTES.num_routes
+BAD = {
+    "experts no tensor": (TypeError, "experts must be a tensor; got list", ([1.0], L), {}),
+    "experts shape": (ValueError, r"experts must be \[B,E,D\]; got shape \(5, 3\)", (H[0], L), {}),
+    "experts int": (TypeError, "experts must be float64.*torch.int64", (H.long(), L), {}),
+    "nothing": (ValueError, "logits, static", (H,), {}),
+    "logits no tensor": (TypeError, "logits must be a tensor; got float", (H, 1.0), {}),
+    "logits int": (TypeError, "logits must be float64.*torch.int32", (H, L.int()), {}),
+    "logits batch": (ValueError, r"logits must be \[B,T,E\] = \[2, T, 5\]; got \(1, 4, 5\)", (H, L[:1]), {}),
+    "logits experts": (ValueError, "logits must be", (H, L[..., :4]), {}),
+    "logits two dimensions": (ValueError, "logits must be", (H, L[0]), {}),
+    "logits elsewhere": (ValueError, "logits is on meta", (H, L.to("meta")), {}),
+    "static no tensor": (TypeError, "static must be a tensor", (H, L, 1), {}),
+    "static bool": (TypeError, "static must be float64.*torch.bool", (H, L, M), {}),
+    "static rows": (ValueError, r"static must be \[T,E\] = \[4, 5\]; got \(3, 5\)", (H, L, S[:3]), {}),
+    "static experts": (ValueError, r"static must be \[T,E\] = \[T, 5\]; got \(4, 4\)", (H, None, S[:, :4]), {}),
+    "static one dimension": (ValueError, "static must be", (H, None, S[0]), {}),
+    "static elsewhere": (ValueError, "static is on meta", (H, L, S.to("meta")), {}),
+    "channels with logits": (ValueError, r"static \[T,E,D\]", (H, L, torch.zeros(4, 5, 3)), {}),
+    "channels with mask": (ValueError, r"static \[T,E,D\]", (H, None, torch.zeros(4, 5, 3)), {"mask": M}),
+    "channels of another width": (ValueError, r"static must be \[T,E,D\]", (H, None, torch.zeros(4, 5, 2)), {}),
+    "mask no tensor": (TypeError, "mask must be a bool tensor; got list", (H, L), {"mask": [[True]]}),
+    "mask float": (TypeError, "mask must be a bool tensor; got torch.float32", (H, L), {"mask": M.float()}),
+    "mask shape": (ValueError, r"mask must be \[T,E\] = \(4, 5\).*got \(1, 5\)", (H, L), {"mask": M[:1]}),
+    "mask elsewhere": (ValueError, "mask must be.*meta", (H, L), {"mask": M.to("meta")}),
+    "mask and routes": (ValueError, "mask or routes", (H, L), {"mask": M, "routes": ROUTES}),
+    "routes no Routes": (TypeError, "routes must be a mtlkernels.Routes; got list", (H, L), {"routes": [0, 1]}),
+    "routes experts": (ValueError, "routes is over 5 experts.*4", (H[:, :4], L), {"routes": ROUTES}),
+    "routes elsewhere": (ValueError, "routes is on meta", (H, L), {"routes": ROUTES.to("meta")}),
+    "experts no tensor, routes": (TypeError, "experts must be a tensor", ([1.0], L), {"routes": ROUTES}),
+    "logits not packed": (ValueError, r"logits must be packed \[B,R\] = \(2, 7\)", (H, L), {"routes": ROUTES}),
+    "static not packed": (ValueError, r"static must be packed \[R\] = \[7\]", (H, None, S), {"routes": ROUTES}),
+    "backend": (ValueError, "backend must be one of.*'fast'", (H, L), {"backend": "fast"}),
+}
+
+
+@pytest.mark.parametrize("error, match, args, options", [pytest.param(*v, id=k) for k, v in BAD.items()])
+def test_bad_input(error, match, args, options):
+    with pytest.raises(error, match=match):
+        mtl.mix(*args, **options)
+
+
+V = torch.zeros(4)
+BAD_ADATT = {
+    "logits None": (TypeError, "logits must be a tensor", (H, None, V), [1, 1, 1, 1, 1]),
+    "logits shape": (ValueError, "logits must be", (H, L[0], V), [1, 1, 1, 1, 1]),
+    "sum": (ValueError, "experts_per_unit must be counts.*5 experts", (H, L, V), [1, 1, 1, 1]),
+    "negative": (ValueError, "experts_per_unit must be counts", (H, L, V), [1, 1, 1, 3, -1]),
+    "counts no ints": (TypeError, "experts_per_unit", (H, L, V), [1.0, 1, 1, 1, 1]),
+    "counts no sequence": (TypeError, "experts_per_unit", (H, L, V), 5),
+    "too few units": (ValueError, "logits has 4 rows, experts_per_unit only 3", (H, L, V), [1, 2, 2]),
+    "unit weights of two experts": (ValueError, "native None needs one expert", (H, L, None), [1, 1, 1, 2]),
+    "native length": (ValueError, r"native must be \[4\].*\(5,\)", (H, L, torch.zeros(5)), [1, 1, 1, 1, 1]),
+    "native shape": (ValueError, r"native must be \[4\]", (H, L, S), [1, 1, 1, 1, 1]),
+    "native no tensor": (TypeError, "native must be a tensor; got list", (H, L, [0.0] * 4), [1, 1, 1, 1, 1]),
+    "native int": (TypeError, "native must be float64.*torch.int64", (H, L, V.long()), [1, 1, 1, 1, 1]),
+    "native elsewhere": (ValueError, "native is on meta", (H, L, V.to("meta")), [1, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("error, match, args, counts", [pytest.param(*v, id=k) for k, v in BAD_ADATT.items()])
+def test_bad_adatt_input(error, match, args, counts):
+    with pytest.raises(error, match=match):
+        mtl.adatt_mix(*args, experts_per_unit=counts)
+
+
+def test_bad_input_of_the_other_forms():
+    with pytest.raises(TypeError, match="logits must be a tensor"):
+        mtl.gated_mix(H, None)
+    with pytest.raises(TypeError, match="weight must be a tensor"):
+        mtl.linear_mix(H, None)
+    with pytest.raises(ValueError, match=r"weight must be \[T,E\]"):
+        mtl.linear_mix(H, S[:, :4])
+    with pytest.raises(ValueError, match="mask must be"):
+        mtl.adatt_mix(H, L, V, experts_per_unit=[1] * 5, mask=M[:2])
+
+
+@pytest.mark.slow
+@native_only
+def test_more_than_2_to_the_31_elements():
+    """Offsets of experts and their gradient, then of the output, beyond 32 bits: the last row is right. 9 GB."""
+    for batch, rows, experts in ((2**21 + 3, 1, 32), (2**21 + 3, 32, 1)):
+        h = torch.zeros(batch, experts, 32, dtype=torch.bfloat16)
+        h[-2:] = torch.randn(2, experts, 32)
+        logits = torch.zeros(1, rows, experts).expand(batch, -1, -1)
+        assert max(h.numel(), batch * rows * 32) > 2**31
+        out = mtl.mix(h.requires_grad_(), logits, backend="native")
+        last = h.detach()[-2:].double().requires_grad_()
+        wanted = mtl.mix(last, logits[-2:], backend="reference")
+        close(out[-2:].detach(), wanted.detach())
+        out.backward(torch.ones((), dtype=out.dtype).expand_as(out))
+        wanted.sum().backward()
+        close(h.grad[-2:], last.grad)
+        del out, h
