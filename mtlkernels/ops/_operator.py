@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _library, backend
 
@@ -59,7 +60,8 @@ class Operator:
         """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient."""
         if torch.compiler.is_compiling():
             return self.reference(*args)[0] if which == "reference" else self._forward[which](*args)[0]
-        if which == "reference" or torch._C._are_functorch_transforms_active():
+        # The kernels know no tangents: where forward-mode derivatives are being taken, they would be lost silently.
+        if which == "reference" or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self.reference(*args)[0]
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)

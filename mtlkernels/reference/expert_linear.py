@@ -1,5 +1,7 @@
 """expert_linear in plain torch."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which products keep the dtype they are given; some devices, meta among them, have no autocast."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def expert_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: list[int] | None, activation: str
 ) -> Tensor:
@@ -29,7 +38,7 @@ def expert_linear(
     acc = accumulate_dtype(x.dtype)
     xa, wa = x.to(acc), weight.to(acc)
     # Matmuls of the caller's dtype run under autocast would round to 16 bit in the middle of the sum.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if x.dim() == 2:
             z = torch.einsum("bk,enk->ben", xa, wa)
         elif experts_per_unit is None or all(n == 1 for n in experts_per_unit):

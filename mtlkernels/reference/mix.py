@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .expert_linear import accumulate_dtype
+from .expert_linear import accumulate_dtype, without_autocast
 
 
 def allowed_experts(mask: Tensor | None, columns: Tensor | None) -> Tensor | None:
@@ -35,7 +35,7 @@ def mix(
     weights [sum(native[:T])]. Returns out [B,T,D] in experts' dtype and lse [B,T] (empty without logits).
     """
     # Autocast would round the weights to 16 bit for the product.
-    with torch.autocast(experts.device.type, enabled=False):
+    with without_autocast(experts.device.type):
         return _mix(experts, logits, static, mask, columns, native)
 
 

@@ -165,6 +165,7 @@ ODD_MIX = {form: MIX[f"{form}, odd"] for form in FORMS}
 # For derivatives by finite differences: every form of both operators, a few numbers each.
 TINY = {f"mix {form}": make_mix(form, 2, 2, 3, 2) for form in FORMS}
 TINY |= {"expert_linear": Linear(2, 2, 2, 3), "expert_linear units": Linear(2, 3, 2, 2, (1, 0, 2))}
+SOME = ["expert_linear", "expert_linear units", "mix both", "mix both packed", "mix native masked", "mix channel"]
 
 
 def tiny_call(name: str, backend: str | None, activation: str | None = "silu") -> Callable[..., Tensor]:
@@ -221,9 +222,7 @@ def expected(call, tensors: Sequence[Tensor | None], grad=random_grad, **options
     return outcome(wide, doubles, lambda out: grad(out.to(dtype)).double())
 
 
-def close(
-    found: Tensor, wanted: Tensor, tolerance: float | None = None, what: str = "", floor: float = 1e-2
-) -> None:
+def close(found: Tensor, wanted: Tensor, tolerance: float | None = None, what: str = "", floor: float = 1e-2) -> None:
     """Same shape, and every element within `tolerance` (by default that of found's dtype) of the largest one.
 
     floor: what the largest one counts for at least: for sums that cancel, the size of their terms.

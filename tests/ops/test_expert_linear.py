@@ -110,9 +110,7 @@ def test_layouts(which, counts, backend):
         for name, other in layouts(tensors[position]).items():
             strided = [*tensors[:position], other, *tensors[position + 1 :]]
             found = outcome(lambda *t: case(*t, activation="tanh", backend=backend), strided)
-            wanted = outcome(
-                lambda *t: case(*t, activation="tanh", backend=backend), [t.contiguous() for t in strided]
-            )
+            wanted = outcome(lambda *t: case(*t, activation="tanh", backend=backend), [t.contiguous() for t in strided])
             try:
                 agree(found, expected(case, strided, activation="tanh"), strided)
                 if backend == "native":

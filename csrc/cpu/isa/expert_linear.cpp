@@ -69,15 +69,23 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   }
 }
 
+inline int64_t lines_a_tile(int64_t rows, int64_t cols, int64_t width, const Upcoming& upcoming) {
+  const int64_t tiles = ((rows + kTileRows - 1) / kTileRows) * ((cols + width - 1) / width);
+  return upcoming.lines ? upcoming.lines / tiles + 1 : 0;
+}
+
 template <class S>
-void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out) {
+void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out,
+              Upcoming& upcoming) {
   using C = SumOf<S>;
   constexpr int width = kTileCols<C>;
   alignas(kVectorBytes) C tile[kTileRows * width];
+  const int64_t share = lines_a_tile(rows, cols, width, upcoming);
   // One panel of B stays in L1 while the panels of A stream past it from L2.
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
+      upcoming.ask(share);
       multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
@@ -98,8 +106,9 @@ inline void copy_tile(C* to, int64_t to_stride, const C* from, int64_t from_stri
 
 template <class C>
 void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
-                bool add) {
+                bool add, Upcoming& upcoming) {
   constexpr int width = kTileCols<C>;
+  const int64_t share = lines_a_tile(rows, cols, width, upcoming);
   alignas(kVectorBytes) C tile[kTileRows * width];
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
@@ -107,6 +116,7 @@ void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_
     for (int64_t r = 0; r < rows; r += kTileRows) {
       C* to = static_cast<C*>(sums) + r * stride + c;
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
+      upcoming.ask(share);
       if (add) copy_tile(tile, width, to, stride, n, m);
       multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, add);
       copy_tile(to, stride, tile, width, n, m);

@@ -48,6 +48,14 @@ struct Source {
   Activation activation;
   int64_t stride;
 
+  // Asks for n elements of row r from column c on. Rows are short and far apart: the hardware sees no stream in them.
+  void prefetch(int64_t r, int64_t c, int64_t n) const {
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) {
+      __builtin_prefetch(data + r * stride + c + i);
+      if (saved) __builtin_prefetch(saved + r * stride + c + i);
+    }
+  }
+
   // n elements of row r from column c on, as C; either a pointer into the matrix or written to `buffer`.
   template <class C>
   const C* read(int64_t r, int64_t c, int64_t n, C* buffer) const {
@@ -73,7 +81,10 @@ void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
     for (int64_t k = 0; k < depth; k += chunk) {
       const int64_t n = std::min(chunk, depth - k);
       const C* from[width];
-      for (int i = 0; i < width; ++i) from[i] = r + i < rows ? src.read(r + i, k, n, buffer[i]) : zeros;
+      for (int i = 0; i < width; ++i) {
+        from[i] = r + i < rows ? src.read(r + i, k, n, buffer[i]) : zeros;
+        if (r + i + width < rows) src.prefetch(r + i + width, k, n);
+      }
       C* to = dst + k * width;
       for (int64_t j = 0; j < n; ++j, to += width) {
 #pragma GCC unroll 32
@@ -100,6 +111,7 @@ void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst, C* 
       const C* from[block];
       for (int64_t r = 0; r < rows; ++r) {
         from[r] = src.read(k + r, c, n, buffer[r]);
+        if (k + r + block < depth) src.prefetch(k + r + block, c, n);
         if (sums)
           for (int64_t i = 0; i < n; ++i) sums[c + i] += from[r][i];
       }
