@@ -77,6 +77,7 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::optional<std::
   p.tile_rows = kernels().tile_rows;
   p.tile_cols = is_double ? kernels().tile_cols_double : kernels().tile_cols_float;
   std::vector<int64_t> counts;
+  STD_TORCH_CHECK(x.dim() == 3 || !experts_per_unit, "experts_per_unit goes with x [B,U,K]");
   if (x.dim() == 2)
     counts = {p.experts};
   else if (experts_per_unit)

@@ -10,6 +10,8 @@ namespace {
 
 // Batch rows a task takes. Fixed, so that sums over the batch do not depend on the number of threads.
 constexpr int64_t kRows = 64;
+// Outputs of this size and more go past the caches: half of a common last-level cache.
+constexpr size_t kStreamBytes = size_t{16} << 20;
 
 using Native = std::optional<std::vector<int64_t>>;
 
@@ -60,7 +62,12 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
   const Tensor columns_dense = columns ? dense(*columns) : Tensor();
   const bool* may = mask ? data<bool>(mask_dense) : nullptr;
   const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
-  const bool dense = !may && !column;
+  plan.dense = !may && !column;
+  for (const OptionalTensor* table : {&mask, &columns})
+    STD_TORCH_CHECK(!*table || ((*table)->dim() == 2 && (*table)->size(0) == plan.rows && (*table)->size(1) == plan.experts),
+                    "mask and columns must be [T,E]");
+  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
   std::vector<int64_t> first_native;  // of each row: its unit's first expert
   if (native) {
     first_native.push_back(0);
@@ -85,7 +92,7 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
       call.fixed_at.push_back(from);
     }
     plan.begin.push_back(int64_t(plan.expert.size()));
-    const bool as_before = t > 0 && (dense || std::equal(plan.expert.begin() + plan.begin[t], plan.expert.end(),
+    const bool as_before = t > 0 && (plan.dense || std::equal(plan.expert.begin() + plan.begin[t], plan.expert.end(),
                                                          plan.expert.begin() + plan.begin[t - 1],
                                                          plan.expert.begin() + plan.begin[t]));
     plan.leader.push_back(as_before ? plan.leader.back() : int32_t(t));
@@ -157,7 +164,7 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
     plan.logit_cols = 0;
   }
   if (call.plan.by_channel)
-    plan.begin.assign(plan.rows + 1, 0);
+    plan.dense = false, plan.begin.assign(plan.rows + 1, 0);
   else
     plan_routes(call, mask, columns, native, fixed.has_value());
   if (fixed) {
@@ -184,6 +191,7 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logi
   const MixKernels& kernel = kernels(experts);
   Tensor out = allocate({call.batch, call.plan.rows, call.plan.width}, experts.scalar_type());
   Tensor lse = logits ? allocate({call.batch, call.plan.rows}, sum_type(experts)) : allocate({0}, sum_type(experts));
+  call.args.stream = out.numel() * out.element_size() >= kStreamBytes;
   call.args.out = out.mutable_data_ptr(), call.args.lse = lse.mutable_data_ptr();
   const size_t bytes = kernel.scratch_bytes(call.plan);
   run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i, int64_t) {
@@ -240,6 +248,8 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
   const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
                   "grad must be [B,T,D] in experts' dtype");
+  STD_TORCH_CHECK(!grad_lse || (grad_lse->numel() == call.batch * call.plan.rows && grad_lse->scalar_type() == sum_type(experts)),
+                  "grad_lse must be [B,T] in the type of sums");
   const Tensor dlse = grad_lse ? dense(*grad_lse) : Tensor();
   Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
                               : allocate({0}, experts.scalar_type());
@@ -247,6 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
   Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
   call.args.grad = grad.const_data_ptr();
   call.args.grad_lse = grad_lse ? dlse.const_data_ptr() : nullptr;
+  call.args.stream = dexperts.numel() * dexperts.element_size() >= kStreamBytes;
   call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
   call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;
   Tensor dstatic = sum_type(experts) == ScalarType::Double ? run_backward<double>(call, fixed, with_static, experts)

@@ -16,6 +16,7 @@ struct MixPlan {
   int64_t rows, experts, width;  // T, E, D
   int64_t logit_cols;            // logits a batch row: T * E, or R when packed
   bool softmax;                  // whether there are logits at all
+  bool dense;                    // every row uses every expert: route r's logit is the r-th
   bool by_channel;               // static is [T,E,D], and there are no routes
   std::vector<int64_t> begin;    // [T+1] the routes of row t are begin[t] .. begin[t+1]
   std::vector<int32_t> expert, column;  // of each route: its expert, its place among the logits
@@ -36,6 +37,7 @@ struct MixArgs {
   const void* channels;  // [T,E,D] weights in the type of sums, in place of all others; may be null
   void* out;             // [B,T,D]
   void* lse;             // [B,T] in the type of sums
+  bool stream;  // the outputs are too large to be found in a cache by whoever reads them next
   // Backward only.
   const void* grad;  // [B,T,D]
   const void* grad_lse;

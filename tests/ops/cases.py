@@ -239,12 +239,12 @@ def agree(found: Outcome, wanted: Outcome, tensors: Sequence[Tensor | None], flo
     """Outputs and all gradients close; each gradient of the shape and dtype of its tensor."""
     dtype = next(t.dtype for t in tensors if t is not None)
     assert found.out.dtype == dtype
-    close(found.out, wanted.out, what="out", floor=floor)
+    close(found.out, wanted.out, what=f"{dtype} out", floor=floor)
     for i, (got, want, tensor) in enumerate(zip(found.grads, wanted.grads, tensors, strict=True)):
         assert (got is None) == (tensor is None)
         if got is not None:
             assert got.shape == tensor.shape and got.dtype == tensor.dtype
-            close(got, want, max(TOLERANCE[dtype], TOLERANCE[got.dtype]), f"gradient {i}", floor)
+            close(got, want, max(TOLERANCE[dtype], TOLERANCE[got.dtype]), f"{dtype} gradient {i}", floor)
 
 
 def same_bits(one: Outcome, other: Outcome) -> None:

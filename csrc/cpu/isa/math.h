@@ -26,10 +26,7 @@ inline float exponential(float x) {
   p = p * r * r + r + 1.0f;
   // 2^n in two factors: one alone leaves float's exponent range where the result is subnormal or infinite.
   const int32_t whole = static_cast<int32_t>(n), half = whole >> 1;
-  const int32_t bits[2] = {(half + 127) << 23, (whole - half + 127) << 23};
-  float scale[2];
-  std::memcpy(scale, bits, sizeof(scale));
-  return p * scale[0] * scale[1];
+  return p * __builtin_bit_cast(float, (half + 127) << 23) * __builtin_bit_cast(float, (whole - half + 127) << 23);
 }
 
 inline double hyperbolic_tangent(double x) {

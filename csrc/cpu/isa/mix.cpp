@@ -64,6 +64,30 @@ struct Memory {
   }
 };
 
+// The next batch row's experts, asked for a few lines at a time while this row is worked on: without it, reading and
+// computing took turns, at half the machine's bandwidth.
+struct Ahead {
+  const char *next = nullptr, *end = nullptr;
+  int64_t lines = 0;
+
+  // `points`: how often ask() will be called.
+  Ahead(const void* base, size_t bytes, int64_t points) {
+    next = static_cast<const char*>(base), end = next + bytes;
+    lines = int64_t(bytes) / 64 / (points > 0 ? points : 1) + 1;
+  }
+  void ask() {
+    for (int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 3);
+  }
+};
+
+template <class S>
+Ahead next_row(const MixArgs& args, int64_t b, int64_t end, int64_t points) {
+  const MixPlan& plan = *args.plan;
+  const bool whole = b + 1 < end && args.expert_stride == plan.width;
+  const S* base = static_cast<const S*>(args.experts) + (b + 1) * args.batch_stride;
+  return Ahead(base, whole ? plan.experts * plan.width * sizeof(S) : 0, points);
+}
+
 // Rows of one batch element: in place where storage is the type of sums, else widened.
 template <class S, class C>
 const C* rows_of(const S* base, int64_t count, int64_t width, int64_t& stride, C* buffer) {
@@ -76,45 +100,85 @@ const C* rows_of(const S* base, int64_t count, int64_t width, int64_t& stride, C
   }
 }
 
-// m.a = softmax of the row's logits plus the fixed weights, m.p the softmax alone; lse [T].
+template <class C>
+inline C total(Vector<C> v) {
+  C sum = 0;
+  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
+  return sum;
+}
+
+// The largest of n numbers, passing over NaN (which the softmax's sum catches); -inf of none.
+template <class C>
+inline C largest(const C* x, int64_t n) {
+  C top = -INFINITY;
+  int64_t i = 0;
+  if (n >= kLanes<C>) {
+    Vector<C> v = Vector<C>{} - C(INFINITY);
+    for (; i + kLanes<C> <= n; i += kLanes<C>) {
+      const Vector<C> w = load(x + i);
+      v = w > v ? w : v;
+    }
+    for (int l = 0; l < kLanes<C>; ++l) top = v[l] > top ? v[l] : top;
+  }
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+// sum of x * y, or of x alone.
+template <class C>
+inline C dot(const C* x, const C* y, int64_t n) {
+  Vector<C> v{};
+  int64_t i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) v += y ? load(x + i) * load(y + i) : load(x + i);
+  C sum = total<C>(v);
+  for (; i < n; ++i) sum += y ? x[i] * y[i] : x[i];
+  return sum;
+}
+
+// m.a = softmax of the row's logits plus the fixed weights, m.p the softmax alone; lse [T], if wanted.
 template <class C>
 void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) {
   const MixPlan& plan = *args.plan;
   const C* fixed = static_cast<const C*>(args.fixed);
   const int64_t routes = plan.expert.size();
   if (!plan.softmax) {
-    for (int64_t r = 0; r < routes; ++r) m.a[r] = fixed[r];
+    std::copy_n(fixed, routes, m.a);
     return;
   }
   widen_any(args.logits_type, args.logits, b * plan.logit_cols, m.logits, plan.logit_cols);
-  for (int64_t r = 0; r < routes; ++r) m.p[r] = m.logits[plan.column[r]];
+  if (!plan.dense)
+    for (int64_t r = 0; r < routes; ++r) m.p[r] = m.logits[plan.column[r]];
+  const C* from = plan.dense ? m.logits : m.p;
+  // One exponential loop over all rows: a row alone may be shorter than a vector.
   for (int64_t t = 0; t < plan.rows; ++t) {
     const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
-    C top = -INFINITY;
-    bool broken = false;
-    for (int64_t r = begin; r < end; ++r) {
-      top = m.p[r] > top ? m.p[r] : top;
-      broken |= m.p[r] != m.p[r];
-    }
-    if (broken) top = NAN;
-    C sum = 0;
-    for (int64_t r = begin; r < end; ++r) m.p[r] = exponential(m.p[r] - top);
-    for (int64_t r = begin; r < end; ++r) sum += m.p[r];
-    const C scale = C{1} / sum;
-    for (int64_t r = begin; r < end; ++r) m.p[r] *= scale;
-    lse[t] = begin == end ? -INFINITY : top + std::log(sum);
+    const C top = largest(from + begin, end - begin);
+    if (lse) lse[t] = top;
+    for (int64_t r = begin; r < end; ++r) m.p[r] = from[r] - top;
   }
-  for (int64_t r = 0; r < routes; ++r) m.a[r] = fixed ? m.p[r] + fixed[r] : m.p[r];
+  for (int64_t r = 0; r < routes; ++r) m.p[r] = exponential(m.p[r]);
+  for (int64_t t = 0; t < plan.rows; ++t) {
+    const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
+    const C sum = dot<C>(m.p + begin, nullptr, end - begin), scale = C{1} / sum;
+    for (int64_t r = begin; r < end; ++r) m.p[r] *= scale;
+    if (lse && begin < end) lse[t] += std::log(sum);
+  }
+  if (fixed)
+    for (int64_t r = 0; r < routes; ++r) m.a[r] = m.p[r] + fixed[r];
+  else
+    std::copy_n(m.p, routes, m.a);
 }
 
 // n tasks with the same experts: out[i] = sum over routes of a * h. Task i's routes begin at first[i].
 template <int n, class C>
-void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C* a, const C* h, int64_t stride, C* const* out) {
+void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C* a, const C* h, int64_t stride, C* const* out,
+               Ahead& ahead) {
   constexpr int lanes = kLanes<C>;
   const int32_t* expert = plan.expert.data() + first[0];
   int64_t d = 0;
   for (; d + 2 * lanes <= plan.width; d += 2 * lanes) {
     Vector<C> sum[n][2] = {};
+    ahead.ask();
     for (int64_t j = 0; j < count; ++j) {
       const C* row = h + expert[j] * stride + d;
       const Vector<C> h0 = load(row), h1 = load(row + lanes);
@@ -136,7 +200,7 @@ void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C
 }
 
 template <class C>
-void mix_row(const MixPlan& plan, const C* a, const C* h, int64_t stride, C* out) {
+void mix_row(const MixPlan& plan, const C* a, const C* h, int64_t stride, C* out, Ahead ahead) {
   for (int64_t t = 0; t < plan.rows;) {
     int n = 1;
     while (n < kTasks && t + n < plan.rows && plan.leader[t + n] == plan.leader[t]) ++n;
@@ -146,16 +210,16 @@ void mix_row(const MixPlan& plan, const C* a, const C* h, int64_t stride, C* out
     const int64_t count = plan.begin[t + 1] - plan.begin[t];
     switch (n) {
       case 1:
-        mix_tasks<1>(plan, first, count, a, h, stride, to);
+        mix_tasks<1>(plan, first, count, a, h, stride, to, ahead);
         break;
       case 2:
-        mix_tasks<2>(plan, first, count, a, h, stride, to);
+        mix_tasks<2>(plan, first, count, a, h, stride, to, ahead);
         break;
       case 3:
-        mix_tasks<3>(plan, first, count, a, h, stride, to);
+        mix_tasks<3>(plan, first, count, a, h, stride, to, ahead);
         break;
       default:
-        mix_tasks<4>(plan, first, count, a, h, stride, to);
+        mix_tasks<4>(plan, first, count, a, h, stride, to, ahead);
     }
     t += n;
   }
@@ -172,7 +236,7 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
     const C* h = rows_of(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts, plan.width, stride, m.experts);
     S* to = static_cast<S*>(args.out) + b * out_size;
     C* out = m.out;
-    if constexpr (std::is_same_v<S, C>) out = to;
+    if constexpr (std::is_same_v<S, C>) out = args.stream ? out : to;
     if (plan.by_channel) {
       const C* c = static_cast<const C*>(args.channels);
       std::fill_n(out, out_size, C{0});
@@ -181,17 +245,36 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
           for (int64_t d = 0; d < plan.width; ++d) out[t * plan.width + d] += c[d] * h[e * stride + d];
     } else {
       weights_of_row(args, b, m, static_cast<C*>(args.lse) + (plan.softmax ? b * plan.rows : 0));
-      mix_row(plan, m.a, h, stride, out);
+      const int64_t points = (plan.rows + kTasks - 1) / kTasks * (plan.width / (2 * kLanes<C>));
+      mix_row(plan, m.a, h, stride, out, next_row<S>(args, b, end, points));
     }
-    if constexpr (!std::is_same_v<S, C>) narrow(out, to, out_size);
+    if constexpr (!std::is_same_v<S, C>)
+      narrow(out, to, out_size);
+    else if (args.stream)
+      stream(out, to, out_size);
   }
+  streamed();
 }
 
-template <class C>
-inline C total(Vector<C> v) {
-  C sum = 0;
-  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
-  return sum;
+// da[i] = the sum over all lanes of v[i], n of them.
+template <int n, class C>
+inline void totals(const Vector<C> (*v)[2], C* da) {
+#if defined(__AVX2__)
+  if constexpr (n == 4 && std::is_same_v<C, float>) {
+    __m256 w[4];
+    for (int i = 0; i < 4; ++i) {
+      const Vector<C> both = v[i][0] + v[i][1];
+      __m256 half[sizeof(both) / sizeof(__m256)];
+      std::memcpy(half, &both, sizeof(both));
+      w[i] = half[0];
+      if constexpr (sizeof(both) > sizeof(__m256)) w[i] = _mm256_add_ps(half[0], half[1]);
+    }
+    const __m256 q = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
+    _mm_storeu_ps(da, _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < n; ++i) da[i] = total<C>(v[i][0] + v[i][1]);
 }
 
 // n users of one expert in one pass over d: da = <grad, h> of each, and dh (+)= sum of a * grad.
@@ -213,7 +296,7 @@ void expert_gradient(int64_t width, const C* h, const C* const* grad, const C* a
     }
     store(dh + d, s0), store(dh + d + lanes, s1);
   }
-  for (int i = 0; i < n; ++i) da[i] = total<C>(dot[i][0] + dot[i][1]);
+  totals<n>(dot, da);
   for (; d < width; ++d) {
     C sum = add ? dh[d] : C{0};
     for (int i = 0; i < n; ++i) da[i] += grad[i][d] * h[d], sum += a[i] * grad[i][d];
@@ -222,8 +305,10 @@ void expert_gradient(int64_t width, const C* h, const C* const* grad, const C* a
 }
 
 template <class C>
-void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad, int64_t grad_stride, C* dh) {
+void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad, int64_t grad_stride, C* dh,
+                         Ahead ahead) {
   for (int64_t e = 0; e < plan.experts; ++e) {
+    ahead.ask();
     C* row = dh + e * plan.width;
     const int64_t begin = plan.user_begin[e], end = plan.user_begin[e + 1];
     if (begin == end) std::fill_n(row, plan.width, C{0});
@@ -255,13 +340,17 @@ void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, in
 template <class C>
 void gradient_of_logits(const MixArgs& args, int64_t b, const Memory<C>& m) {
   const MixPlan& plan = *args.plan;
-  std::fill_n(m.logits, plan.logit_cols, C{0});
   const C* grad_lse = static_cast<const C*>(args.grad_lse);
+  C* to = plan.dense ? m.logits : m.a;  // the row's weights have been used
   for (int64_t t = 0; t < plan.rows; ++t) {
-    C sum = 0;
-    for (int64_t r = plan.begin[t]; r < plan.begin[t + 1]; ++r) sum += m.p[r] * m.da[r];
+    const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
+    C sum = dot<C>(m.p + begin, m.da + begin, end - begin);
     if (grad_lse) sum -= grad_lse[b * plan.rows + t];
-    for (int64_t r = plan.begin[t]; r < plan.begin[t + 1]; ++r) m.logits[plan.column[r]] = m.p[r] * (m.da[r] - sum);
+    for (int64_t r = begin; r < end; ++r) to[r] = m.p[r] * (m.da[r] - sum);
+  }
+  if (!plan.dense) {
+    std::fill_n(m.logits, plan.logit_cols, C{0});
+    for (size_t r = 0; r < plan.expert.size(); ++r) m.logits[plan.column[r]] = to[r];
   }
   narrow_any(args.logits_type, m.logits, args.dlogits, b * plan.logit_cols, plan.logit_cols);
 }
@@ -296,22 +385,23 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
     const C* grad = rows_of(static_cast<const S*>(args.grad) + b * plan.rows * plan.width, plan.rows, plan.width, grad_stride, m.grad);
     S* to = args.dexperts ? static_cast<S*>(args.dexperts) + b * size : nullptr;
     C* dh = m.dexperts;
-    if constexpr (std::is_same_v<S, C>) dh = to ? to : dh;
+    if constexpr (std::is_same_v<S, C>) dh = to && !args.stream ? to : dh;
     if (plan.by_channel) {
       gradient_by_channel(args, h, stride, grad, grad_stride, dh);
     } else {
-      C unused[1];
-      C* lse = plan.rows ? m.out : unused;  // already known; the row's weights are what is wanted
-      weights_of_row(args, b, m, lse);
-      gradient_of_experts(plan, m, h, stride, grad, grad_stride, dh);
+      weights_of_row<C>(args, b, m, nullptr);
+      gradient_of_experts(plan, m, h, stride, grad, grad_stride, dh, next_row<S>(args, b, end, plan.experts));
       if (args.dlogits) gradient_of_logits(args, b, m);
       if (dfixed)
         for (int64_t r = 0; r < routes; ++r) dfixed[r] += m.da[r];
     }
     if constexpr (!std::is_same_v<S, C>) {
       if (to) narrow(dh, to, size);
+    } else if (to && args.stream) {
+      stream(dh, to, size);
     }
   }
+  streamed();
 }
 
 template <class S>

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,27 @@ inline void narrow(const C* src, S* dst, int64_t n) {
   }
 #endif
   for (; i < n; ++i) dst[i] = static_cast<S>(src[i]);
+}
+
+// n numbers to memory past the caches, for tensors that will not be read again before they would have left them: an
+// ordinary store first reads the line that it overwrites. streamed() before another thread may read them.
+template <class C>
+inline void stream(const C* src, C* dst, int64_t n) {
+#if defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(dst) % 32 == 0 && n * sizeof(C) % 32 == 0) {
+    for (int64_t i = 0; i < n; i += 32 / int64_t(sizeof(C)))
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
+    return;
+  }
+#endif
+  std::memcpy(dst, src, n * sizeof(C));
+}
+
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace mtl::MTL_ISA
