@@ -9,9 +9,7 @@ namespace mtl {
 enum class Activation : int { kNone, kRelu, kGelu, kSilu, kTanh, kSigmoid };
 
 // gelu and silu: the derivative needs z, the value before the activation; the others' follows from the output.
-inline bool needs_input(Activation a) {
-  return a == Activation::kGelu || a == Activation::kSilu;
-}
+inline bool needs_input(Activation a) { return a == Activation::kGelu || a == Activation::kSilu; }
 
 inline Activation activation_from(const std::string& name) {
   if (name.empty()) return Activation::kNone;

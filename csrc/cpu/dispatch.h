@@ -12,8 +12,10 @@ Isa isa();
 
 #if defined(__x86_64__)
 #define MTL_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
-#define MTL_BEST_ISA(table) \
-  (::mtl::isa() == ::mtl::Isa::kAvx512 ? avx512::table : ::mtl::isa() == ::mtl::Isa::kAvx2 ? avx2::table : generic::table)
+#define MTL_BEST_ISA(table)                            \
+  (::mtl::isa() == ::mtl::Isa::kAvx512 ? avx512::table \
+   : ::mtl::isa() == ::mtl::Isa::kAvx2 ? avx2::table   \
+                                       : generic::table)
 #else
 #define MTL_FOR_EACH_ISA(declare) declare(generic)
 #define MTL_BEST_ISA(table) (generic::table)

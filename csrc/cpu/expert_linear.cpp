@@ -37,9 +37,7 @@ const PackKernels& pack_kernels(ScalarType dtype, const char* argument) {
   return *found;
 }
 
-int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The experts that read one input, and where their numbers lie.
 struct Unit {
@@ -51,7 +49,7 @@ struct Unit {
 
 struct Problem {
   int64_t batch, inputs, experts, outputs, features;  // B, U (1 for [B,K]), E, N, K
-  size_t packed_size;                                  // of one packed number
+  size_t packed_size;                                 // of one packed number
   int64_t tile_rows, tile_cols;
   std::vector<Unit> units;
   int64_t columns() const { return experts * outputs; }
@@ -115,9 +113,9 @@ void will_pack(Upcoming& upcoming, const Operand& o, int64_t rows, int64_t cols,
 
 // rows x cols of every unit, A's rows from `a_of`, against each unit's packed B: y_of's rows are the products.
 template <class OperandOf, class OutputOf>
-void multiply_units(const Problem& p, const PackKernels& pack, const char* panels, int64_t (*depth_of)(const Problem&, const Unit&),
-                    int64_t (*cols_of)(const Problem&, const Unit&), const OperandOf& a_of, const OutputOf& y_of,
-                    size_t element) {
+void multiply_units(const Problem& p, const PackKernels& pack, const char* panels,
+                    int64_t (*depth_of)(const Problem&, const Unit&), int64_t (*cols_of)(const Problem&, const Unit&),
+                    const OperandOf& a_of, const OutputOf& y_of, size_t element) {
   struct Task {
     const Unit* unit;
     int64_t row, rows, col, cols;
@@ -128,7 +126,8 @@ void multiply_units(const Problem& p, const PackKernels& pack, const char* panel
     const int64_t block = p.block_rows(depth_of(p, u)), cols = cols_of(p, u);
     const int64_t row_tasks = (p.batch + block - 1) / block * int64_t(p.units.size());
     // With few rows the threads share the columns instead; each packs the rows again, which is little.
-    const int64_t splits = row_tasks >= 2 * threads ? 1 : (2 * threads + row_tasks - 1) / std::max<int64_t>(1, row_tasks);
+    const int64_t splits =
+        row_tasks >= 2 * threads ? 1 : (2 * threads + row_tasks - 1) / std::max<int64_t>(1, row_tasks);
     const int64_t width = std::max(p.tile_cols, round_up((cols + splits - 1) / splits, p.tile_cols));
     for (int64_t r = 0; r < p.batch; r += block)
       for (int64_t c = 0; c < cols; c += width)
@@ -164,8 +163,8 @@ int64_t lay_out(Problem& p, const NumbersOf& numbers_of) {
 }
 
 std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias_in,
-                                         std::optional<std::vector<int64_t>> experts_per_unit, std::string activation_name,
-                                         bool save) {
+                                         std::optional<std::vector<int64_t>> experts_per_unit,
+                                         std::string activation_name, bool save) {
   const Activation activation = activation_from(activation_name);
   const Tensor x = dense_rows(x_in), weight = dense(weight_in);
   Problem p = problem(x, weight, experts_per_unit);
@@ -235,8 +234,8 @@ Tensor input_gradient(Problem& p, const Tensor& x, const Tensor& weight, const O
 
 // dW and db. The batch goes by in blocks whose products are added up in order, so that neither the number of threads
 // nor their timing changes a bit.
-void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tensor& dweight, Tensor& dbias, bool with_weight,
-                      bool with_bias) {
+void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tensor& dweight, Tensor& dbias,
+                      bool with_weight, bool with_bias) {
   const PackKernels& pack = pack_kernels(x.scalar_type(), "x");
   const ScalarType stored = with_weight ? dweight.scalar_type() : dbias.scalar_type();
   const PackKernels& pack_w = pack_kernels(stored, "weight");
@@ -258,7 +257,8 @@ void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tens
     void* b = scratch(2, padded * kDepth * p.packed_size);
     const int64_t total = t.cols * p.features;
     char* own = static_cast<char*>(scratch(3, (total + t.cols) * p.packed_size));
-    char* sums = direct && with_weight ? static_cast<char*>(dweight.mutable_data_ptr()) + first * p.features * w_element : own;
+    char* sums =
+        direct && with_weight ? static_cast<char*>(dweight.mutable_data_ptr()) + first * p.features * w_element : own;
     char* column_sums = own + total * p.packed_size;
     std::fill_n(column_sums, t.cols * p.packed_size, char{0});
     if (p.batch == 0 && with_weight) std::fill_n(sums, total * p.packed_size, char{0});
@@ -278,13 +278,12 @@ void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tens
     }
     if (with_weight && !direct)
       pack_w.narrow(sums, static_cast<char*>(dweight.mutable_data_ptr()) + first * p.features * w_element, total);
-    if (with_bias)
-      pack_w.narrow(column_sums, static_cast<char*>(dbias.mutable_data_ptr()) + first * w_element, t.cols);
+    if (with_bias) pack_w.narrow(column_sums, static_cast<char*>(dbias.mutable_data_ptr()) + first * w_element, t.cols);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& weight_in,
-                                                          const Tensor& saved_in,
+std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                          const Tensor& weight_in, const Tensor& saved_in,
                                                           std::optional<std::vector<int64_t>> experts_per_unit,
                                                           std::string activation_name, int64_t needs) {
   const Activation activation = activation_from(activation_name);
@@ -300,7 +299,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
   const Operand dz{grad.const_data_ptr(), through ? saved.const_data_ptr() : nullptr, activation, p.columns()};
   Tensor dx = needs & 1 ? input_gradient(p, x, weight, dz, element) : allocate({0}, x.scalar_type());
   Tensor dweight = needs & 2 ? allocate_like(weight) : allocate({0}, weight.scalar_type());
-  Tensor dbias = needs & 4 ? allocate({p.experts, p.outputs}, weight.scalar_type()) : allocate({0}, weight.scalar_type());
+  Tensor dbias =
+      needs & 4 ? allocate({p.experts, p.outputs}, weight.scalar_type()) : allocate({0}, weight.scalar_type());
   if (needs & 6) weight_gradients(p, x, dz, dweight, dbias, needs & 2, needs & 4);
   return {dx, dweight, dbias};
 }

@@ -30,7 +30,7 @@ struct Output {
 // with multiplying. Rows of it are short and far apart, and the hardware sees no stream in them.
 struct Upcoming {
   struct Rows {
-    const char* next;    // first byte not asked for yet, in the row that begins at `row`
+    const char* next;  // first byte not asked for yet, in the row that begins at `row`
     const char* row;
     int64_t bytes, stride, left;  // of a row; from row to row; rows not begun yet, this one included
   };
@@ -70,8 +70,7 @@ struct PackKernels {
   void (*widen)(const void* from, void* to, int64_t n);
   void (*narrow)(const void* from, void* to, int64_t n);
   // Product of packed panels a [rows/tile_rows] and b [cols/tile_cols] to rows of this storage type.
-  void (*multiply)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&,
-                   Upcoming&);
+  void (*multiply)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&, Upcoming&);
 };
 
 struct LinearKernels {

@@ -56,7 +56,8 @@ int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, 
   return fixed->size(0);
 }
 
-void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native, bool with_static) {
+void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native,
+                 bool with_static) {
   MixPlan& plan = call.plan;
   const Tensor mask_dense = mask ? dense(*mask) : Tensor();
   const Tensor columns_dense = columns ? dense(*columns) : Tensor();
@@ -64,8 +65,9 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
   const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
   plan.dense = !may && !column;
   for (const OptionalTensor* table : {&mask, &columns})
-    STD_TORCH_CHECK(!*table || ((*table)->dim() == 2 && (*table)->size(0) == plan.rows && (*table)->size(1) == plan.experts),
-                    "mask and columns must be [T,E]");
+    STD_TORCH_CHECK(
+        !*table || ((*table)->dim() == 2 && (*table)->size(0) == plan.rows && (*table)->size(1) == plan.experts),
+        "mask and columns must be [T,E]");
   STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
   STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
   std::vector<int64_t> first_native;  // of each row: its unit's first expert
@@ -93,8 +95,8 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
     }
     plan.begin.push_back(int64_t(plan.expert.size()));
     const bool as_before = t > 0 && (plan.dense || std::equal(plan.expert.begin() + plan.begin[t], plan.expert.end(),
-                                                         plan.expert.begin() + plan.begin[t - 1],
-                                                         plan.expert.begin() + plan.begin[t]));
+                                                              plan.expert.begin() + plan.begin[t - 1],
+                                                              plan.expert.begin() + plan.begin[t]));
     plan.leader.push_back(as_before ? plan.leader.back() : int32_t(t));
   }
 }
@@ -141,8 +143,8 @@ void take_static(Call& call, const OptionalTensor& fixed) {
   call.args.fixed = call.fixed.const_data_ptr();
 }
 
-Call prepare(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
-             const OptionalTensor& columns, const Native& native) {
+Call prepare(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+             const OptionalTensor& mask, const OptionalTensor& columns, const Native& native) {
   Call call;
   STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
   call.experts = dense_rows(experts);
@@ -171,8 +173,9 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
     int64_t largest = -1;
     for (int64_t at : call.fixed_at) largest = std::max(largest, at);
     STD_TORCH_CHECK(largest < fixed->numel(), "static has too few entries");
-    STD_TORCH_CHECK(!call.plan.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
-                    "static [T,E,D] must fit experts, and goes without logits");
+    STD_TORCH_CHECK(
+        !call.plan.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
+        "static [T,E,D] must fit experts, and goes without logits");
   }
   if (sum_type(experts) == ScalarType::Double)
     take_static<double>(call, fixed);
@@ -237,26 +240,30 @@ Tensor run_backward(Call& call, const OptionalTensor& fixed, bool with_static, c
   return with_static ? gather_static<C>(call, *fixed, partial, blocks) : allocate({0}, like.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const OptionalTensor& grad_lse, const Tensor& experts,
-                                                const OptionalTensor& logits, const OptionalTensor& fixed,
-                                                const OptionalTensor& mask, const OptionalTensor& columns, Native native,
-                                                const Tensor& lse, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const OptionalTensor& grad_lse,
+                                                const Tensor& experts, const OptionalTensor& logits,
+                                                const OptionalTensor& fixed, const OptionalTensor& mask,
+                                                const OptionalTensor& columns, Native native, const Tensor& lse,
+                                                int64_t needs) {
   (void)lse;  // the softmax is cheaper to repeat from the row's logits than to rebuild from their logsumexp
   Call call = prepare(experts, logits, fixed, mask, columns, native);
   call.args.plan = &call.plan;
   plan_users(call.plan);
   const Tensor grad = dense(grad_in);
-  STD_TORCH_CHECK(grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
-                  "grad must be [B,T,D] in experts' dtype");
-  STD_TORCH_CHECK(!grad_lse || (grad_lse->numel() == call.batch * call.plan.rows && grad_lse->scalar_type() == sum_type(experts)),
-                  "grad_lse must be [B,T] in the type of sums");
-  const Tensor dlse = grad_lse ? dense(*grad_lse) : Tensor();
+  STD_TORCH_CHECK(
+      grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
+      "grad must be [B,T,D] in experts' dtype");
+  const bool with_lse = grad_lse && logits;  // without logits lse is empty, and so is its gradient
+  STD_TORCH_CHECK(
+      !with_lse || (grad_lse->numel() == call.batch * call.plan.rows && grad_lse->scalar_type() == sum_type(experts)),
+      "grad_lse must be [B,T] in the type of sums");
+  const Tensor dlse = with_lse ? dense(*grad_lse) : Tensor();
   Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
                               : allocate({0}, experts.scalar_type());
   const bool with_logits = (needs & 2) && logits, with_static = (needs & 4) && fixed;
   Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
   call.args.grad = grad.const_data_ptr();
-  call.args.grad_lse = grad_lse ? dlse.const_data_ptr() : nullptr;
+  call.args.grad_lse = with_lse ? dlse.const_data_ptr() : nullptr;
   call.args.stream = dexperts.numel() * dexperts.element_size() >= kStreamBytes;
   call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
   call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;

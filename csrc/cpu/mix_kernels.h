@@ -13,12 +13,12 @@ enum class Storage : int { kDouble, kFloat, kBFloat16, kHalf };
 
 // Which expert each output row uses, as lists; dense calls, masks, packed routes and native weights all come to this.
 struct MixPlan {
-  int64_t rows, experts, width;  // T, E, D
-  int64_t logit_cols;            // logits a batch row: T * E, or R when packed
-  bool softmax;                  // whether there are logits at all
-  bool dense;                    // every row uses every expert: route r's logit is the r-th
-  bool by_channel;               // static is [T,E,D], and there are no routes
-  std::vector<int64_t> begin;    // [T+1] the routes of row t are begin[t] .. begin[t+1]
+  int64_t rows, experts, width;         // T, E, D
+  int64_t logit_cols;                   // logits a batch row: T * E, or R when packed
+  bool softmax;                         // whether there are logits at all
+  bool dense;                           // every row uses every expert: route r's logit is the r-th
+  bool by_channel;                      // static is [T,E,D], and there are no routes
+  std::vector<int64_t> begin;           // [T+1] the routes of row t are begin[t] .. begin[t+1]
   std::vector<int32_t> expert, column;  // of each route: its expert, its place among the logits
   std::vector<int32_t> leader;          // [T] first row of the run of rows with the same experts as this one
   // The same by expert: which rows use it, and by which route.
@@ -37,13 +37,13 @@ struct MixArgs {
   const void* channels;  // [T,E,D] weights in the type of sums, in place of all others; may be null
   void* out;             // [B,T,D]
   void* lse;             // [B,T] in the type of sums
-  bool stream;  // the outputs are too large to be found in a cache by whoever reads them next
+  bool stream;           // the outputs are too large to be found in a cache by whoever reads them next
   // Backward only.
   const void* grad;  // [B,T,D]
   const void* grad_lse;
-  void* dexperts;       // [B,E,D], or null
-  void* dlogits;        // like logits, or null
-  void* dfixed;         // [R] or [T,E,D] sums of these batch rows in the type of sums, or null
+  void* dexperts;  // [B,E,D], or null
+  void* dlogits;   // like logits, or null
+  void* dfixed;    // [R] or [T,E,D] sums of these batch rows in the type of sums, or null
 };
 
 // Batch rows [begin, end). `memory` holds scratch_bytes.

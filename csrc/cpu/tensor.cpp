@@ -116,13 +116,9 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(sizes.begin(), int64_t(sizes.size()), dtype);
 }
 
-Tensor allocate_like(const Tensor& t) {
-  return empty(t.sizes().data(), t.dim(), t.scalar_type());
-}
+Tensor allocate_like(const Tensor& t) { return empty(t.sizes().data(), t.dim(), t.scalar_type()); }
 
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor dense_rows(const Tensor& t) {
   return t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);

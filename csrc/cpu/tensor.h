@@ -56,9 +56,9 @@ void with_type(ScalarType dtype, const char* argument, const F& f) {
   }
 }
 
-// Runs task(i, next) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold up
-// the rest. `next` is the task that the same thread will run afterwards, or -1. Which thread runs a task never changes
-// its result. `work`: about how many operations they are together; waking the threads costs some ten thousand.
+// Runs task(i, next) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold
+// up the rest. `next` is the task that the same thread will run afterwards, or -1. Which thread runs a task never
+// changes its result. `work`: about how many operations they are together; waking the threads costs some ten thousand.
 template <class F>
 void run_tasks(int64_t tasks, double work, const F& task) {
   const int64_t threads = work < 1e5 ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);

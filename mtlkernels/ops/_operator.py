@@ -114,7 +114,8 @@ class Operator:
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this
         forward, backward = schemas
-        for name, schema in ((self.name, forward), (f"{self.name}_eager", forward), (f"{self.name}_backward", backward)):
+        for suffix, schema in (("", forward), ("_eager", forward), ("_backward", backward)):
+            name = self.name + suffix
             self._library.define(name + schema)
             for key in ("CUDA", "CPU"):
                 self._library.impl(name, _launcher(self.name, name.removesuffix("_eager")), key)

@@ -72,7 +72,7 @@ def _mix(experts, logits, static, mask, columns, native) -> tuple[Tensor, Tensor
     if allowed is None:
         out = torch.matmul(weights.expand(h.shape[0], -1, -1), h)
     else:
-        # Selected, not multiplied by zero: a masked expert may hold NaN, and neither its value nor its gradient is read.
+        # Selected, not multiplied by zero: a masked expert may hold NaN; neither its value nor its gradient is read.
         weights = torch.where(allowed, weights, 0).expand(h.shape[0], -1, -1)
         seen = torch.where(allowed[..., None], h[:, None], 0)
         out = torch.einsum("bte,bted->btd", weights, seen)

@@ -5,9 +5,7 @@
 
 namespace mtl::MTL_ISA {
 
-inline double exponential(double x) {
-  return std::exp(x);
-}
+inline double exponential(double x) { return std::exp(x); }
 
 // Error below 1.5 units in the last place; exp(-inf) = 0, overflow gives inf, NaN stays NaN.
 inline float exponential(float x) {
@@ -29,9 +27,7 @@ inline float exponential(float x) {
   return p * __builtin_bit_cast(float, (half + 127) << 23) * __builtin_bit_cast(float, (whole - half + 127) << 23);
 }
 
-inline double hyperbolic_tangent(double x) {
-  return std::tanh(x);
-}
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 
 // Below 0.625 an odd polynomial, for 1 - 2 / (exp(2x) + 1) cancels there; above, that.
 inline float hyperbolic_tangent(float x) {
@@ -46,9 +42,7 @@ inline float hyperbolic_tangent(float x) {
   return a < 0.625f ? small : x < 0 ? -large : large;
 }
 
-inline double complementary_error(double x) {
-  return std::erfc(x);
-}
+inline double complementary_error(double x) { return std::erfc(x); }
 
 // Chebyshev fit of exp(x^2) erfc(x) in 1 / (1 + x/2), relative error 1.2e-7 (Press et al., Numerical Recipes, 6.2).
 inline float complementary_error(float x) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "math.h"
+#include "reduce.h"
 
 namespace mtl::MTL_ISA {
 
@@ -100,41 +101,6 @@ const C* rows_of(const S* base, int64_t count, int64_t width, int64_t& stride, C
   }
 }
 
-template <class C>
-inline C total(Vector<C> v) {
-  C sum = 0;
-  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
-  return sum;
-}
-
-// The largest of n numbers, passing over NaN (which the softmax's sum catches); -inf of none.
-template <class C>
-inline C largest(const C* x, int64_t n) {
-  C top = -INFINITY;
-  int64_t i = 0;
-  if (n >= kLanes<C>) {
-    Vector<C> v = Vector<C>{} - C(INFINITY);
-    for (; i + kLanes<C> <= n; i += kLanes<C>) {
-      const Vector<C> w = load(x + i);
-      v = w > v ? w : v;
-    }
-    for (int l = 0; l < kLanes<C>; ++l) top = v[l] > top ? v[l] : top;
-  }
-  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-
-// sum of x * y, or of x alone.
-template <class C>
-inline C dot(const C* x, const C* y, int64_t n) {
-  Vector<C> v{};
-  int64_t i = 0;
-  for (; i + kLanes<C> <= n; i += kLanes<C>) v += y ? load(x + i) * load(y + i) : load(x + i);
-  C sum = total<C>(v);
-  for (; i < n; ++i) sum += y ? x[i] * y[i] : x[i];
-  return sum;
-}
-
 // m.a = softmax of the row's logits plus the fixed weights, m.p the softmax alone; lse [T], if wanted.
 template <class C>
 void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) {
@@ -171,8 +137,8 @@ void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) 
 
 // n tasks with the same experts: out[i] = sum over routes of a * h. Task i's routes begin at first[i].
 template <int n, class C>
-void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C* a, const C* h, int64_t stride, C* const* out,
-               Ahead& ahead) {
+void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C* a, const C* h, int64_t stride,
+               C* const* out, Ahead& ahead) {
   constexpr int lanes = kLanes<C>;
   const int32_t* expert = plan.expert.data() + first[0];
   int64_t d = 0;
@@ -233,7 +199,8 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
   const int64_t out_size = plan.rows * plan.width;
   for (int64_t b = begin; b < end; ++b) {
     int64_t stride = args.expert_stride;
-    const C* h = rows_of(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts, plan.width, stride, m.experts);
+    const C* h = rows_of(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts, plan.width, stride,
+                         m.experts);
     S* to = static_cast<S*>(args.out) + b * out_size;
     C* out = m.out;
     if constexpr (std::is_same_v<S, C>) out = args.stream ? out : to;
@@ -254,27 +221,6 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
       stream(out, to, out_size);
   }
   streamed();
-}
-
-// da[i] = the sum over all lanes of v[i], n of them.
-template <int n, class C>
-inline void totals(const Vector<C> (*v)[2], C* da) {
-#if defined(__AVX2__)
-  if constexpr (n == 4 && std::is_same_v<C, float>) {
-    __m256 w[4];
-    for (int i = 0; i < 4; ++i) {
-      const Vector<C> both = v[i][0] + v[i][1];
-      __m256 half[sizeof(both) / sizeof(__m256)];
-      std::memcpy(half, &both, sizeof(both));
-      w[i] = half[0];
-      if constexpr (sizeof(both) > sizeof(__m256)) w[i] = _mm256_add_ps(half[0], half[1]);
-    }
-    const __m256 q = _mm256_hadd_ps(_mm256_hadd_ps(w[0], w[1]), _mm256_hadd_ps(w[2], w[3]));
-    _mm_storeu_ps(da, _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1)));
-    return;
-  }
-#endif
-  for (int i = 0; i < n; ++i) da[i] = total<C>(v[i][0] + v[i][1]);
 }
 
 // n users of one expert in one pass over d: da = <grad, h> of each, and dh (+)= sum of a * grad.
@@ -305,8 +251,8 @@ void expert_gradient(int64_t width, const C* h, const C* const* grad, const C* a
 }
 
 template <class C>
-void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad, int64_t grad_stride, C* dh,
-                         Ahead ahead) {
+void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad,
+                         int64_t grad_stride, C* dh, Ahead ahead) {
   for (int64_t e = 0; e < plan.experts; ++e) {
     ahead.ask();
     C* row = dh + e * plan.width;
@@ -381,8 +327,10 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
   C* dfixed = static_cast<C*>(args.dfixed);
   for (int64_t b = begin; b < end; ++b) {
     int64_t stride = args.expert_stride, grad_stride = plan.width;
-    const C* h = rows_of(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts, plan.width, stride, m.experts);
-    const C* grad = rows_of(static_cast<const S*>(args.grad) + b * plan.rows * plan.width, plan.rows, plan.width, grad_stride, m.grad);
+    const C* h = rows_of(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts, plan.width, stride,
+                         m.experts);
+    const C* grad = rows_of(static_cast<const S*>(args.grad) + b * plan.rows * plan.width, plan.rows, plan.width,
+                            grad_stride, m.grad);
     S* to = args.dexperts ? static_cast<S*>(args.dexperts) + b * size : nullptr;
     C* dh = m.dexperts;
     if constexpr (std::is_same_v<S, C>) dh = to && !args.stream ? to : dh;
@@ -406,7 +354,8 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
 
 template <class S>
 constexpr MixKernels kernels_of() {
-  return {[](const MixPlan& plan) { return Memory<SumOf<S>>::numbers(plan) * sizeof(SumOf<S>); }, forward<S>, backward<S>};
+  return {[](const MixPlan& plan) { return Memory<SumOf<S>>::numbers(plan) * sizeof(SumOf<S>); }, forward<S>,
+          backward<S>};
 }
 
 }  // namespace
