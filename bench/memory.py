@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+import mtlkernels as mtl
+
 MIB = 1 << 20
 # Fixed thresholds: glibc otherwise raises them as it sees large blocks freed, and then keeps up to 32 MiB of each.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -81,6 +83,7 @@ def _reset_high_water() -> bool:
 
 def _trim() -> None:
     gc.collect()
+    mtl.empty_cache()  # else what our pool keeps would pass for memory that the step does not need
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc

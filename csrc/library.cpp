@@ -26,4 +26,6 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
+  // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
+  m.def("empty_cache() -> int");
 }

@@ -49,6 +49,15 @@ def build_info() -> dict[str, Any]:
     return {"loaded": loaded(), "reason": reason(), "library": str(PATH), **built, **running}
 
 
+def empty_cache() -> int:
+    """Give back the memory that the CPU kernels keep for reuse; returns its bytes.
+
+    Large outputs come from a pool: what a step frees, the next one takes again, without the page faults of fresh
+    memory. A block that 64 further large allocations passed over is given back by itself.
+    """
+    return torch.ops.mtlkernels.empty_cache() if loaded() else 0
+
+
 def _load() -> str | None:
     """Load the library. Returns what went wrong, or None."""
     if not PATH.exists():

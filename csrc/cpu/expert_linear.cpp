@@ -106,11 +106,6 @@ Operand rows_from(Operand o, int64_t r, int64_t c, size_t element) {
   return o;
 }
 
-void will_pack(Upcoming& upcoming, const Operand& o, int64_t rows, int64_t cols, size_t element) {
-  upcoming.add(o.data, rows, cols * element, o.stride * element);
-  if (o.saved) upcoming.add(o.saved, rows, cols * element, o.stride * element);
-}
-
 // rows x cols of every unit, A's rows from `a_of`, against each unit's packed B: y_of's rows are the products.
 template <class OperandOf, class OutputOf>
 void multiply_units(const Problem& p, const PackKernels& pack, const char* panels,
@@ -133,21 +128,16 @@ void multiply_units(const Problem& p, const PackKernels& pack, const char* panel
       for (int64_t c = 0; c < cols; c += width)
         tasks.push_back({&u, r, std::min(block, p.batch - r), c, std::min(width, cols - c)});
   }
-  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i, int64_t next) {
+  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const int64_t depth = depth_of(p, *t.unit);
-    Upcoming upcoming;
-    if (next >= 0) {
-      const Task& n = tasks[next];
-      will_pack(upcoming, rows_from(a_of(*n.unit), n.row, 0, element), n.rows, depth_of(p, *n.unit), element);
-    }
     void* a = scratch(1, round_up(t.rows, p.tile_rows) * depth * p.packed_size + 64);
     pack.rows(rows_from(a_of(*t.unit), t.row, 0, element), t.rows, depth, a);
     Output y = y_of(*t.unit);
     y.y = static_cast<char*>(y.y) + (t.row * y.stride + t.col) * element;
     if (y.z) y.z = static_cast<char*>(y.z) + (t.row * y.stride + t.col) * element;
     if (y.bias) y.bias = static_cast<const char*>(y.bias) + t.col * p.packed_size;
-    pack.multiply(a, panels + (t.unit->panels + t.col * depth) * p.packed_size, t.rows, t.cols, depth, y, upcoming);
+    pack.multiply(a, panels + (t.unit->panels + t.col * depth) * p.packed_size, t.rows, t.cols, depth, y);
   });
 }
 
@@ -179,7 +169,7 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
   char* panels = static_cast<char*>(scratch(0, (numbers + bias_numbers) * p.packed_size));
   char* biases = panels + numbers * p.packed_size;
   const size_t w_element = weight.element_size(), element = x.element_size();
-  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i, int64_t) {
+  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i) {
     const Unit& u = p.units[i];
     const Operand w{static_cast<const char*>(weight.const_data_ptr()) + u.first * p.features * w_element, nullptr,
                     Activation::kNone, p.features};
@@ -214,7 +204,7 @@ Tensor input_gradient(Problem& p, const Tensor& x, const Tensor& weight, const O
   const int64_t padded = round_up(p.features, p.tile_cols);
   const int64_t numbers = lay_out(p, [&](const Unit& u) { return u.cols * padded; });
   char* panels = static_cast<char*>(scratch(0, numbers * p.packed_size));
-  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i, int64_t) {
+  run_tasks(int64_t(p.units.size()), double(weight.numel()), [&](int64_t i) {
     const Unit& u = p.units[i];
     const Operand w{static_cast<const char*>(weight.const_data_ptr()) + u.first * p.features * weight.element_size(),
                     nullptr, Activation::kNone, p.features};
@@ -250,7 +240,7 @@ void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tens
   for (const Unit& u : p.units)
     for (int64_t c = 0; c < u.cols; c += kGradientRows) tasks.push_back({&u, c, std::min(kGradientRows, u.cols - c)});
   const int64_t padded = round_up(p.features, p.tile_cols);
-  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i, int64_t) {
+  run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const int64_t first = t.unit->first + t.col;
     void* a = scratch(1, round_up(t.cols, p.tile_rows) * kDepth * p.packed_size + 64);
@@ -268,13 +258,7 @@ void weight_gradients(const Problem& p, const Tensor& x, const Operand& dz, Tens
       pack.columns(rows_from(from_z, r, 0, element), depth, t.cols, a, with_bias ? column_sums : nullptr);
       if (!with_weight) continue;
       pack.columns_wide(rows_from(from_x, r, 0, element), depth, p.features, b, nullptr);
-      Upcoming upcoming;
-      if (r + kDepth < p.batch) {
-        const int64_t rows = std::min(kDepth, p.batch - r - kDepth);
-        will_pack(upcoming, rows_from(from_z, r + kDepth, 0, element), rows, t.cols, element);
-        will_pack(upcoming, rows_from(from_x, r + kDepth, 0, element), rows, p.features, element);
-      }
-      accumulate(a, b, t.cols, p.features, depth, sums, p.features, r > 0, upcoming);
+      accumulate(a, b, t.cols, p.features, depth, sums, p.features, r > 0);
     }
     if (with_weight && !direct)
       pack_w.narrow(sums, static_cast<char*>(dweight.mutable_data_ptr()) + first * p.features * w_element, total);

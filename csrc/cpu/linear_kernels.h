@@ -26,38 +26,6 @@ struct Output {
   int64_t stride;
 };
 
-// Memory that will be packed after the product under way: asked for a few lines a tile, so that reading it overlaps
-// with multiplying. Rows of it are short and far apart, and the hardware sees no stream in them.
-struct Upcoming {
-  struct Rows {
-    const char* next;  // first byte not asked for yet, in the row that begins at `row`
-    const char* row;
-    int64_t bytes, stride, left;  // of a row; from row to row; rows not begun yet, this one included
-  };
-  Rows rows[3];
-  int count = 0;
-  int64_t lines = 0;
-
-  void add(const void* base, int64_t rows_left, int64_t row_bytes, int64_t stride_bytes) {
-    const char* p = static_cast<const char*>(base);
-    rows[count++] = {p, p, row_bytes, stride_bytes, rows_left};
-    lines += rows_left * ((row_bytes + 63) / 64);
-  }
-  void ask(int64_t budget) {
-    while (budget > 0 && count > 0) {
-      Rows& r = rows[count - 1];
-      if (r.left <= 0) {
-        --count;
-        continue;
-      }
-      __builtin_prefetch(r.next, 0, 2);
-      --budget;
-      r.next += 64;
-      if (r.next >= r.row + r.bytes) r.row += r.stride, r.next = r.row, --r.left;
-    }
-  }
-};
-
 // Packing, for one storage type. "wide" panels are B's, tile_cols wide; the others A's, tile_rows wide.
 struct PackKernels {
   // Rows become panel width, columns are the depth.
@@ -70,7 +38,7 @@ struct PackKernels {
   void (*widen)(const void* from, void* to, int64_t n);
   void (*narrow)(const void* from, void* to, int64_t n);
   // Product of packed panels a [rows/tile_rows] and b [cols/tile_cols] to rows of this storage type.
-  void (*multiply)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&, Upcoming&);
+  void (*multiply)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&);
 };
 
 struct LinearKernels {
@@ -79,9 +47,9 @@ struct LinearKernels {
   PackKernels f64, f32, bf16, f16;
   // sums[r][c] (packed type, `stride` apart) = product of packed panels; with `add`, on top of what is there.
   void (*accumulate_float)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                           int64_t stride, bool add, Upcoming&);
+                           int64_t stride, bool add);
   void (*accumulate_double)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                            int64_t stride, bool add, Upcoming&);
+                            int64_t stride, bool add);
 };
 
 #define MTL_DECLARE_LINEAR(ISA)              \

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logi
   call.args.stream = out.numel() * out.element_size() >= kStreamBytes;
   call.args.out = out.mutable_data_ptr(), call.args.lse = lse.mutable_data_ptr();
   const size_t bytes = kernel.scratch_bytes(call.plan);
-  run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i, int64_t) {
+  run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i) {
     kernel.forward(call.args, i * kRows, std::min(call.batch, (i + 1) * kRows), scratch(1, bytes));
   });
   return {out, lse};
@@ -232,7 +232,7 @@ Tensor run_backward(Call& call, const OptionalTensor& fixed, bool with_static, c
   const int64_t width = !with_static ? 0 : call.plan.by_channel ? fixed->numel() : int64_t(call.fixed_at.size());
   std::vector<C> partial(blocks * width, C{0});
   const size_t bytes = kernel.scratch_bytes(call.plan);
-  run_tasks(blocks, call.work(), [&](int64_t i, int64_t) {
+  run_tasks(blocks, call.work(), [&](int64_t i) {
     MixArgs args = call.args;
     args.dfixed = with_static ? partial.data() + i * width : nullptr;
     kernel.backward(args, i * rows, std::min(call.batch, (i + 1) * rows), scratch(1, bytes));

@@ -51,6 +51,17 @@ class Pool {
     return fresh;
   }
 
+  int64_t clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t bytes = 0;
+    for (const Block& block : free_) {
+      bytes += int64_t(block.bytes);
+      std::free(block.data);
+    }
+    free_.clear();
+    return bytes;
+  }
+
   void give(void* data, size_t bytes) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (lock)
@@ -136,5 +147,9 @@ void* scratch(int slot, size_t bytes) {
   }
   return buffer.data;
 }
+
+static int64_t empty_cache() { return pool().clear(); }
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CompositeExplicitAutograd, m) { m.impl("empty_cache", TORCH_BOX(&empty_cache)); }
 
 }  // namespace mtl

@@ -56,23 +56,20 @@ void with_type(ScalarType dtype, const char* argument, const F& f) {
   }
 }
 
-// Runs task(i, next) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold
-// up the rest. `next` is the task that the same thread will run afterwards, or -1. Which thread runs a task never
-// changes its result. `work`: about how many operations they are together; waking the threads costs some ten thousand.
+// Runs task(i) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold up the
+// rest. Which thread runs a task never changes its result. `work`: about how many operations they are together; waking
+// the threads costs some ten thousand.
 template <class F>
 void run_tasks(int64_t tasks, double work, const F& task) {
   const int64_t threads = work < 1e5 ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
   std::atomic<int64_t> free_task{0};
-  const auto work_through = [&] {
-    for (int64_t i = free_task++; i < tasks;) {
-      const int64_t next = free_task++;
-      task(i, next < tasks ? next : -1);
-      i = next;
-    }
-  };
-  if (threads <= 1) return work_through();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) work_through();
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t i = free_task++; i < tasks; i = free_task++) task(i);
   });
 }
 

@@ -69,57 +69,41 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   }
 }
 
-inline int64_t lines_a_tile(int64_t rows, int64_t cols, int64_t width, const Upcoming& upcoming) {
-  const int64_t tiles = ((rows + kTileRows - 1) / kTileRows) * ((cols + width - 1) / width);
-  return upcoming.lines ? upcoming.lines / tiles + 1 : 0;
-}
-
 template <class S>
-void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out,
-              Upcoming& upcoming) {
+void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out) {
   using C = SumOf<S>;
   constexpr int width = kTileCols<C>;
   alignas(kVectorBytes) C tile[kTileRows * width];
-  const int64_t share = lines_a_tile(rows, cols, width, upcoming);
   // One panel of B stays in L1 while the panels of A stream past it from L2.
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      upcoming.ask(share);
-      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, false);
+      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, width, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
   }
 }
 
-// A tile of `sums` to or from `tile`; whole tiles, the usual ones, with bounds the compiler knows.
-template <class C>
-inline void copy_tile(C* to, int64_t to_stride, const C* from, int64_t from_stride, int64_t rows, int64_t cols) {
-  constexpr int width = kTileCols<C>;
-  if (rows == kTileRows && cols == width) {
-    for (int i = 0; i < kTileRows; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, width * sizeof(C));
-  } else {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) to[i * to_stride + j] = from[i * from_stride + j];
-  }
-}
-
 template <class C>
 void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
-                bool add, Upcoming& upcoming) {
+                bool add) {
   constexpr int width = kTileCols<C>;
-  const int64_t share = lines_a_tile(rows, cols, width, upcoming);
   alignas(kVectorBytes) C tile[kTileRows * width];
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     const int64_t m = std::min<int64_t>(width, cols - c);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       C* to = static_cast<C*>(sums) + r * stride + c;
+      const C* ap = static_cast<const C*>(a) + r * depth;
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
-      upcoming.ask(share);
-      if (add) copy_tile(tile, width, to, stride, n, m);
-      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, add);
-      copy_tile(to, stride, tile, width, n, m);
+      for (int64_t i = n; i < std::min<int64_t>(n + kTileRows, rows - r); ++i) __builtin_prefetch(to + i * stride, 1);
+      if (n == kTileRows && m == width) {
+        multiply_tile(depth, ap, bp, to, stride, add);
+        continue;
+      }
+      for (int64_t i = 0; add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
+      multiply_tile(depth, ap, bp, tile, width, add);
+      for (int64_t i = 0; i < n; ++i) std::copy_n(tile + i * width, m, to + i * stride);
     }
   }
 }

@@ -11,16 +11,16 @@
 
 namespace mtl::MTL_ISA {
 
-// tile [kTileRows][kTileCols] = sum over depth of a (x) b; with `add`, on top of what the tile holds.
+// tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds.
 template <class C>
-inline void multiply_tile(int64_t depth, const C* a, const C* b, C* tile, bool add) {
+inline void multiply_tile(int64_t depth, const C* a, const C* b, C* tile, int64_t stride, bool add) {
   using V = Vector<C>;
   constexpr int lanes = kLanes<C>, cols = kTileCols<C>;
   V sum[kTileRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    sum[i][0] = add ? load(tile + i * cols) : V{};
-    sum[i][1] = add ? load(tile + i * cols + lanes) : V{};
+    sum[i][0] = add ? load(tile + i * stride) : V{};
+    sum[i][1] = add ? load(tile + i * stride + lanes) : V{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     const V b0 = load(b), b1 = load(b + lanes);
@@ -34,8 +34,8 @@ inline void multiply_tile(int64_t depth, const C* a, const C* b, C* tile, bool a
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    store(tile + i * cols, sum[i][0]);
-    store(tile + i * cols + lanes, sum[i][1]);
+    store(tile + i * stride, sum[i][0]);
+    store(tile + i * stride + lanes, sum[i][1]);
   }
 }
 
@@ -47,14 +47,6 @@ struct Source {
   const S* saved;
   Activation activation;
   int64_t stride;
-
-  // Asks for n elements of row r from column c on. Rows are short and far apart: the hardware sees no stream in them.
-  void prefetch(int64_t r, int64_t c, int64_t n) const {
-    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(S))) {
-      __builtin_prefetch(data + r * stride + c + i);
-      if (saved) __builtin_prefetch(saved + r * stride + c + i);
-    }
-  }
 
   // n elements of row r from column c on, as C; either a pointer into the matrix or written to `buffer`.
   template <class C>
@@ -81,10 +73,7 @@ void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
     for (int64_t k = 0; k < depth; k += chunk) {
       const int64_t n = std::min(chunk, depth - k);
       const C* from[width];
-      for (int i = 0; i < width; ++i) {
-        from[i] = r + i < rows ? src.read(r + i, k, n, buffer[i]) : zeros;
-        if (r + i + width < rows) src.prefetch(r + i + width, k, n);
-      }
+      for (int i = 0; i < width; ++i) from[i] = r + i < rows ? src.read(r + i, k, n, buffer[i]) : zeros;
       C* to = dst + k * width;
       for (int64_t j = 0; j < n; ++j, to += width) {
 #pragma GCC unroll 32
@@ -98,7 +87,7 @@ void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
 // sums[c], where given, grows by the packed elements of column c, row after row.
 //
 // Eight rows at a time: panels lie a multiple of 4 KiB apart, so that writing one row across all of them would meet in
-// a few L1 sets and throw every line out half written (dW: 249 ms -> see bench/NOTES.md).
+// a few L1 sets and throw every line out half written (dW: 249 ms -> 180 ms).
 template <int width, class S, class C>
 void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst, C* sums = nullptr) {
   constexpr int64_t chunk = 192, block = 8;
@@ -111,7 +100,6 @@ void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst, C* 
       const C* from[block];
       for (int64_t r = 0; r < rows; ++r) {
         from[r] = src.read(k + r, c, n, buffer[r]);
-        if (k + r + block < depth) src.prefetch(k + r + block, c, n);
         if (sums)
           for (int64_t i = 0; i < n; ++i) sums[c + i] += from[r][i];
       }
