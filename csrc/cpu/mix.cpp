@@ -77,14 +77,13 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
     STD_TORCH_CHECK(int64_t(native->size()) >= plan.rows && first_native.back() == plan.experts,
                     "native must count the experts of at least T units and sum to E");
   }
-  plan.begin.push_back(0);
-  plan.expert.reserve(plan.rows * plan.experts);
+  plan.uses.index.reserve(plan.rows * plan.experts);
   for (int64_t t = 0; t < plan.rows; ++t) {
     for (int64_t e = 0; e < plan.experts; ++e) {
       const int64_t at = t * plan.experts + e;
       if ((may && !may[at]) || (column && column[at] < 0)) continue;
       STD_TORCH_CHECK(!column || column[at] < plan.logit_cols || !plan.softmax, "columns must lie in [-1, R)");
-      plan.expert.push_back(int32_t(e));
+      plan.uses.index.push_back(int32_t(e));
       plan.column.push_back(column ? column[at] : int32_t(at));
       int64_t from = -1;
       if (native)
@@ -93,28 +92,26 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
         from = column ? column[at] : at;
       call.fixed_at.push_back(from);
     }
-    plan.begin.push_back(int64_t(plan.expert.size()));
-    const bool as_before = t > 0 && (plan.dense || std::equal(plan.expert.begin() + plan.begin[t], plan.expert.end(),
-                                                              plan.expert.begin() + plan.begin[t - 1],
-                                                              plan.expert.begin() + plan.begin[t]));
-    plan.leader.push_back(as_before ? plan.leader.back() : int32_t(t));
+    plan.uses.close_row(plan.dense);
   }
 }
 
-// The routes ordered by expert, for backward.
+// The routes ordered by expert.
 void plan_users(MixPlan& plan) {
-  plan.user_begin.assign(plan.experts + 1, 0);
-  for (int32_t e : plan.expert) ++plan.user_begin[e + 1];
-  for (int64_t e = 0; e < plan.experts; ++e) plan.user_begin[e + 1] += plan.user_begin[e];
-  std::vector<int64_t> next(plan.user_begin.begin(), plan.user_begin.end() - 1);
-  plan.user_row.resize(plan.expert.size());
-  plan.user_route.resize(plan.expert.size());
-  for (int64_t t = 0; t < plan.rows; ++t) {
-    for (int64_t r = plan.begin[t]; r < plan.begin[t + 1]; ++r) {
-      const int64_t at = next[plan.expert[r]]++;
-      plan.user_row[at] = int32_t(t);
-      plan.user_route[at] = int32_t(r);
+  std::vector<std::vector<int32_t>> routes_of(plan.experts);
+  std::vector<int32_t> row_of(plan.uses.index.size());
+  for (int64_t t = 0; t < plan.uses.rows(); ++t) {
+    for (int64_t r = plan.uses.begin[t]; r < plan.uses.begin[t + 1]; ++r) {
+      routes_of[plan.uses.index[r]].push_back(int32_t(r));
+      row_of[r] = int32_t(t);
     }
+  }
+  for (const std::vector<int32_t>& routes : routes_of) {
+    for (int32_t r : routes) {
+      plan.users.index.push_back(row_of[r]);
+      plan.route.push_back(r);
+    }
+    plan.users.close_row(plan.dense);
   }
 }
 
@@ -166,7 +163,7 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
     plan.logit_cols = 0;
   }
   if (call.plan.by_channel)
-    plan.dense = false, plan.begin.assign(plan.rows + 1, 0);
+    plan.dense = false;
   else
     plan_routes(call, mask, columns, native, fixed.has_value());
   if (fixed) {

@@ -1,6 +1,7 @@
 // The kernels of mix that depend on the instruction set, and the plan they follow.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -11,19 +12,35 @@ namespace mtl {
 
 enum class Storage : int { kDouble, kFloat, kBFloat16, kHalf };
 
-// Which expert each output row uses, as lists; dense calls, masks, packed routes and native weights all come to this.
+// Sparse rows: row i is the weighted sum of the inputs index[begin[i]] .. index[begin[i+1]].
+struct Lists {
+  std::vector<int64_t> begin{0};
+  std::vector<int32_t> index;
+  std::vector<int32_t> leader;  // first row of the run of rows with the same inputs as this one
+
+  int64_t rows() const { return int64_t(leader.size()); }
+  // Closes a row whose inputs have been put on index; `known_equal` spares the comparison with the row before.
+  void close_row(bool known_equal) {
+    const int64_t i = rows(), from = begin.back(), to = int64_t(index.size());
+    const auto same = [&] {
+      return std::equal(index.begin() + from, index.end(), index.begin() + begin[i - 1], index.begin() + from);
+    };
+    leader.push_back(i > 0 && (known_equal || same()) ? leader.back() : int32_t(i));
+    begin.push_back(to);
+  }
+};
+
+// Which expert each output row uses; dense calls, masks, packed routes and native weights all come to this.
 struct MixPlan {
-  int64_t rows, experts, width;         // T, E, D
-  int64_t logit_cols;                   // logits a batch row: T * E, or R when packed
-  bool softmax;                         // whether there are logits at all
-  bool dense;                           // every row uses every expert: route r's logit is the r-th
-  bool by_channel;                      // static is [T,E,D], and there are no routes
-  std::vector<int64_t> begin;           // [T+1] the routes of row t are begin[t] .. begin[t+1]
-  std::vector<int32_t> expert, column;  // of each route: its expert, its place among the logits
-  std::vector<int32_t> leader;          // [T] first row of the run of rows with the same experts as this one
-  // The same by expert: which rows use it, and by which route.
-  std::vector<int64_t> user_begin;
-  std::vector<int32_t> user_row, user_route;
+  int64_t rows, experts, width;  // T, E, D
+  int64_t logit_cols;            // logits a batch row: T * E, or R when packed
+  bool softmax;                  // whether there are logits at all
+  bool dense;                    // every row uses every expert: route r's logit is the r-th
+  bool by_channel;               // static is [T,E,D], and there are no routes
+  Lists uses;                    // the experts of each output row; a place on its index is a route
+  std::vector<int32_t> column;   // of each route: its place among the logits
+  Lists users;                   // the output rows of each expert, for backward
+  std::vector<int32_t> route;    // of each place on users.index: its route
 };
 
 // One call's memory. Strides in elements; the last dimension is dense everywhere.

@@ -48,11 +48,12 @@ struct Memory {
   C *logits, *p, *a, *da, *experts, *out, *grad, *dexperts;
 
   static int64_t numbers(const MixPlan& plan) {
-    const int64_t routes = plan.expert.size();
-    return plan.logit_cols + 3 * routes + 2 * plan.experts * plan.width + plan.rows * (2 * plan.width + 1);
+    const int64_t routes = plan.uses.index.size();
+    return std::max<int64_t>(plan.logit_cols, routes) + 3 * routes + 2 * plan.experts * plan.width +
+           plan.rows * (2 * plan.width + 1);
   }
   Memory(const MixPlan& plan, void* memory) {
-    const int64_t routes = plan.expert.size();
+    const int64_t routes = plan.uses.index.size();
     C* next = static_cast<C*>(memory);
     const auto take = [&](int64_t n) {
       C* taken = next;
@@ -61,32 +62,43 @@ struct Memory {
     };
     experts = take(plan.experts * plan.width), out = take(plan.rows * (plan.width + 1));
     grad = take(plan.rows * plan.width), dexperts = take(plan.experts * plan.width);
-    logits = take(plan.logit_cols), p = take(routes), a = take(routes), da = take(routes);
+    logits = take(std::max<int64_t>(plan.logit_cols, routes)), p = take(routes), a = take(routes), da = take(routes);
   }
 };
 
-// The next batch row's experts, asked for a few lines at a time while this row is worked on: without it, reading and
+// What the next batch row reads, asked for a few lines at a time while this row is worked on: without it, reading and
 // computing took turns, at half the machine's bandwidth.
-struct Ahead {
-  const char *next = nullptr, *end = nullptr;
-  int64_t lines = 0;
-
+class Ahead {
+ public:
+  void add(const void* base, size_t bytes) {
+    ranges_[count_++] = {static_cast<const char*>(base), static_cast<const char*>(base) + bytes};
+    lines_ += int64_t(bytes) / 64;
+  }
   // `points`: how often ask() will be called.
-  Ahead(const void* base, size_t bytes, int64_t points) {
-    next = static_cast<const char*>(base), end = next + bytes;
-    lines = int64_t(bytes) / 64 / (points > 0 ? points : 1) + 1;
-  }
+  void spread(int64_t points) { share_ = lines_ / std::max<int64_t>(1, points) + 1; }
   void ask() {
-    for (int64_t i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 3);
+    for (int64_t i = 0; i < share_ && count_ > 0; ++i) {
+      Range& range = ranges_[count_ - 1];
+      __builtin_prefetch(range.next, 0, 3);
+      range.next += 64;
+      if (range.next >= range.end) --count_;
+    }
   }
+
+ private:
+  struct Range {
+    const char *next, *end;
+  };
+  Range ranges_[2];
+  int count_ = 0;
+  int64_t lines_ = 0, share_ = 0;
 };
 
 template <class S>
-Ahead next_row(const MixArgs& args, int64_t b, int64_t end, int64_t points) {
+void add_experts(Ahead& ahead, const MixArgs& args, int64_t b) {
   const MixPlan& plan = *args.plan;
-  const bool whole = b + 1 < end && args.expert_stride == plan.width;
-  const S* base = static_cast<const S*>(args.experts) + (b + 1) * args.batch_stride;
-  return Ahead(base, whole ? plan.experts * plan.width * sizeof(S) : 0, points);
+  if (args.expert_stride == plan.width && plan.experts * plan.width > 0)
+    ahead.add(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts * plan.width * sizeof(S));
 }
 
 // Rows of one batch element: in place where storage is the type of sums, else widened.
@@ -106,7 +118,7 @@ template <class C>
 void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) {
   const MixPlan& plan = *args.plan;
   const C* fixed = static_cast<const C*>(args.fixed);
-  const int64_t routes = plan.expert.size();
+  const int64_t routes = plan.uses.index.size();
   if (!plan.softmax) {
     std::copy_n(fixed, routes, m.a);
     return;
@@ -117,14 +129,14 @@ void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) 
   const C* from = plan.dense ? m.logits : m.p;
   // One exponential loop over all rows: a row alone may be shorter than a vector.
   for (int64_t t = 0; t < plan.rows; ++t) {
-    const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
+    const int64_t begin = plan.uses.begin[t], end = plan.uses.begin[t + 1];
     const C top = largest(from + begin, end - begin);
     if (lse) lse[t] = top;
     for (int64_t r = begin; r < end; ++r) m.p[r] = from[r] - top;
   }
   for (int64_t r = 0; r < routes; ++r) m.p[r] = exponential(m.p[r]);
   for (int64_t t = 0; t < plan.rows; ++t) {
-    const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
+    const int64_t begin = plan.uses.begin[t], end = plan.uses.begin[t + 1];
     const C sum = dot<C>(m.p + begin, nullptr, end - begin), scale = C{1} / sum;
     for (int64_t r = begin; r < end; ++r) m.p[r] *= scale;
     if (lse && begin < end) lse[t] += std::log(sum);
@@ -135,18 +147,17 @@ void weights_of_row(const MixArgs& args, int64_t b, const Memory<C>& m, C* lse) 
     std::copy_n(m.p, routes, m.a);
 }
 
-// n tasks with the same experts: out[i] = sum over routes of a * h. Task i's routes begin at first[i].
+// n rows with the same inputs: out[i] = sum of a * h. Row i's weights begin at first[i].
 template <int n, class C>
-void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C* a, const C* h, int64_t stride,
-               C* const* out, Ahead& ahead) {
+void mix_rows(int64_t width, const int32_t* index, int64_t count, const int64_t* first, const C* a, const C* h,
+              int64_t stride, C* const* out, Ahead& ahead) {
   constexpr int lanes = kLanes<C>;
-  const int32_t* expert = plan.expert.data() + first[0];
   int64_t d = 0;
-  for (; d + 2 * lanes <= plan.width; d += 2 * lanes) {
+  for (; d + 2 * lanes <= width; d += 2 * lanes) {
     Vector<C> sum[n][2] = {};
     ahead.ask();
     for (int64_t j = 0; j < count; ++j) {
-      const C* row = h + expert[j] * stride + d;
+      const C* row = h + index[j] * stride + d;
       const Vector<C> h0 = load(row), h1 = load(row + lanes);
 #pragma GCC unroll 4
       for (int i = 0; i < n; ++i) {
@@ -156,39 +167,47 @@ void mix_tasks(const MixPlan& plan, const int64_t* first, int64_t count, const C
     }
     for (int i = 0; i < n; ++i) store(out[i] + d, sum[i][0]), store(out[i] + d + lanes, sum[i][1]);
   }
-  for (; d < plan.width; ++d) {
+  for (; d < width; ++d) {
     for (int i = 0; i < n; ++i) {
       C sum = 0;
-      for (int64_t j = 0; j < count; ++j) sum += a[first[i] + j] * h[expert[j] * stride + d];
+      for (int64_t j = 0; j < count; ++j) sum += a[first[i] + j] * h[index[j] * stride + d];
       out[i][d] = sum;
     }
   }
 }
 
+// All rows of `lists`: the outputs from the experts, or, with rows and inputs changing places, the experts' gradients
+// from the outputs'. Rows without inputs are 0.
 template <class C>
-void mix_row(const MixPlan& plan, const C* a, const C* h, int64_t stride, C* out, Ahead ahead) {
-  for (int64_t t = 0; t < plan.rows;) {
+void mix_lists(const Lists& lists, int64_t width, const C* a, const C* h, int64_t stride, C* out, Ahead& ahead) {
+  for (int64_t t = 0; t < lists.rows();) {
     int n = 1;
-    while (n < kTasks && t + n < plan.rows && plan.leader[t + n] == plan.leader[t]) ++n;
+    while (n < kTasks && t + n < lists.rows() && lists.leader[t + n] == lists.leader[t]) ++n;
     int64_t first[kTasks];
     C* to[kTasks];
-    for (int i = 0; i < n; ++i) first[i] = plan.begin[t + i], to[i] = out + (t + i) * plan.width;
-    const int64_t count = plan.begin[t + 1] - plan.begin[t];
+    for (int i = 0; i < n; ++i) first[i] = lists.begin[t + i], to[i] = out + (t + i) * width;
+    const int64_t count = lists.begin[t + 1] - lists.begin[t];
+    const int32_t* index = lists.index.data() + first[0];
     switch (n) {
       case 1:
-        mix_tasks<1>(plan, first, count, a, h, stride, to, ahead);
+        mix_rows<1>(width, index, count, first, a, h, stride, to, ahead);
         break;
       case 2:
-        mix_tasks<2>(plan, first, count, a, h, stride, to, ahead);
+        mix_rows<2>(width, index, count, first, a, h, stride, to, ahead);
         break;
       case 3:
-        mix_tasks<3>(plan, first, count, a, h, stride, to, ahead);
+        mix_rows<3>(width, index, count, first, a, h, stride, to, ahead);
         break;
       default:
-        mix_tasks<4>(plan, first, count, a, h, stride, to, ahead);
+        mix_rows<4>(width, index, count, first, a, h, stride, to, ahead);
     }
     t += n;
   }
+}
+
+template <class C>
+int64_t points_of(const Lists& lists, int64_t width) {
+  return (lists.rows() + kTasks - 1) / kTasks * (width / (2 * kLanes<C>));
 }
 
 template <class S>
@@ -212,8 +231,10 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
           for (int64_t d = 0; d < plan.width; ++d) out[t * plan.width + d] += c[d] * h[e * stride + d];
     } else {
       weights_of_row(args, b, m, static_cast<C*>(args.lse) + (plan.softmax ? b * plan.rows : 0));
-      const int64_t points = (plan.rows + kTasks - 1) / kTasks * (plan.width / (2 * kLanes<C>));
-      mix_row(plan, m.a, h, stride, out, next_row<S>(args, b, end, points));
+      Ahead ahead;
+      if (b + 1 < end) add_experts<S>(ahead, args, b + 1);
+      ahead.spread(points_of<C>(plan.uses, plan.width));
+      mix_lists(plan.uses, plan.width, m.a, h, stride, out, ahead);
     }
     if constexpr (!std::is_same_v<S, C>)
       narrow(out, to, out_size);
@@ -223,61 +244,50 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
   streamed();
 }
 
-// n users of one expert in one pass over d: da = <grad, h> of each, and dh (+)= sum of a * grad.
+// da[i] = <grad[i], h> for n users of one expert.
 template <int n, class C>
-void expert_gradient(int64_t width, const C* h, const C* const* grad, const C* a, C* da, C* dh, bool add) {
+void dots(int64_t width, const C* h, const C* const* grad, C* da) {
   constexpr int lanes = kLanes<C>;
-  Vector<C> dot[n][2] = {};
+  Vector<C> sum[n][2] = {};
   int64_t d = 0;
   for (; d + 2 * lanes <= width; d += 2 * lanes) {
     const Vector<C> h0 = load(h + d), h1 = load(h + d + lanes);
-    Vector<C> s0 = add ? load(dh + d) : Vector<C>{}, s1 = add ? load(dh + d + lanes) : Vector<C>{};
 #pragma GCC unroll 4
     for (int i = 0; i < n; ++i) {
-      const Vector<C> g0 = load(grad[i] + d), g1 = load(grad[i] + d + lanes);
-      dot[i][0] += g0 * h0;
-      dot[i][1] += g1 * h1;
-      s0 += a[i] * g0;
-      s1 += a[i] * g1;
+      sum[i][0] += load(grad[i] + d) * h0;
+      sum[i][1] += load(grad[i] + d + lanes) * h1;
     }
-    store(dh + d, s0), store(dh + d + lanes, s1);
   }
-  totals<n>(dot, da);
-  for (; d < width; ++d) {
-    C sum = add ? dh[d] : C{0};
-    for (int i = 0; i < n; ++i) da[i] += grad[i][d] * h[d], sum += a[i] * grad[i][d];
-    dh[d] = sum;
-  }
+  totals<n>(sum, da);
+  for (; d < width; ++d)
+    for (int i = 0; i < n; ++i) da[i] += grad[i][d] * h[d];
 }
 
+// m.da = <grad, h> of every route.
 template <class C>
-void gradient_of_experts(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad,
-                         int64_t grad_stride, C* dh, Ahead ahead) {
+void dots_of_row(const MixPlan& plan, const Memory<C>& m, const C* h, int64_t stride, const C* grad,
+                 int64_t grad_stride) {
   for (int64_t e = 0; e < plan.experts; ++e) {
-    ahead.ask();
-    C* row = dh + e * plan.width;
-    const int64_t begin = plan.user_begin[e], end = plan.user_begin[e + 1];
-    if (begin == end) std::fill_n(row, plan.width, C{0});
-    for (int64_t u = begin; u < end; u += kTasks) {
+    const int64_t end = plan.users.begin[e + 1];
+    for (int64_t u = plan.users.begin[e]; u < end; u += kTasks) {
       const int n = int(std::min<int64_t>(kTasks, end - u));
       const C* g[kTasks];
-      C a[kTasks], da[kTasks];
-      for (int i = 0; i < n; ++i) g[i] = grad + plan.user_row[u + i] * grad_stride, a[i] = m.a[plan.user_route[u + i]];
-      const C* from = h + e * stride;
+      C da[kTasks];
+      for (int i = 0; i < n; ++i) g[i] = grad + plan.users.index[u + i] * grad_stride;
       switch (n) {
         case 1:
-          expert_gradient<1>(plan.width, from, g, a, da, row, u > begin);
+          dots<1>(plan.width, h + e * stride, g, da);
           break;
         case 2:
-          expert_gradient<2>(plan.width, from, g, a, da, row, u > begin);
+          dots<2>(plan.width, h + e * stride, g, da);
           break;
         case 3:
-          expert_gradient<3>(plan.width, from, g, a, da, row, u > begin);
+          dots<3>(plan.width, h + e * stride, g, da);
           break;
         default:
-          expert_gradient<4>(plan.width, from, g, a, da, row, u > begin);
+          dots<4>(plan.width, h + e * stride, g, da);
       }
-      for (int i = 0; i < n; ++i) m.da[plan.user_route[u + i]] = da[i];
+      for (int i = 0; i < n; ++i) m.da[plan.route[u + i]] = da[i];
     }
   }
 }
@@ -289,14 +299,14 @@ void gradient_of_logits(const MixArgs& args, int64_t b, const Memory<C>& m) {
   const C* grad_lse = static_cast<const C*>(args.grad_lse);
   C* to = plan.dense ? m.logits : m.a;  // the row's weights have been used
   for (int64_t t = 0; t < plan.rows; ++t) {
-    const int64_t begin = plan.begin[t], end = plan.begin[t + 1];
+    const int64_t begin = plan.uses.begin[t], end = plan.uses.begin[t + 1];
     C sum = dot<C>(m.p + begin, m.da + begin, end - begin);
     if (grad_lse) sum -= grad_lse[b * plan.rows + t];
     for (int64_t r = begin; r < end; ++r) to[r] = m.p[r] * (m.da[r] - sum);
   }
   if (!plan.dense) {
     std::fill_n(m.logits, plan.logit_cols, C{0});
-    for (size_t r = 0; r < plan.expert.size(); ++r) m.logits[plan.column[r]] = to[r];
+    for (size_t r = 0; r < plan.uses.index.size(); ++r) m.logits[plan.column[r]] = to[r];
   }
   narrow_any(args.logits_type, m.logits, args.dlogits, b * plan.logit_cols, plan.logit_cols);
 }
@@ -323,7 +333,7 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
   using C = SumOf<S>;
   const MixPlan& plan = *args.plan;
   const Memory<C> m(plan, memory);
-  const int64_t routes = plan.expert.size(), size = plan.experts * plan.width;
+  const int64_t routes = plan.uses.index.size(), size = plan.experts * plan.width;
   C* dfixed = static_cast<C*>(args.dfixed);
   for (int64_t b = begin; b < end; ++b) {
     int64_t stride = args.expert_stride, grad_stride = plan.width;
@@ -338,7 +348,18 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
       gradient_by_channel(args, h, stride, grad, grad_stride, dh);
     } else {
       weights_of_row<C>(args, b, m, nullptr);
-      gradient_of_experts(plan, m, h, stride, grad, grad_stride, dh, next_row<S>(args, b, end, plan.experts));
+      Ahead ahead;
+      if (b + 1 < end) {
+        const int64_t grads = plan.rows * plan.width;
+        add_experts<S>(ahead, args, b + 1);
+        if (grads > 0) ahead.add(static_cast<const S*>(args.grad) + (b + 1) * grads, grads * sizeof(S));
+      }
+      ahead.spread(points_of<C>(plan.users, plan.width));
+      if (args.dexperts) {
+        for (int64_t u = 0; u < routes; ++u) m.logits[u] = m.a[plan.route[u]];
+        mix_lists(plan.users, plan.width, m.logits, grad, grad_stride, dh, ahead);
+      }
+      dots_of_row(plan, m, h, stride, grad, grad_stride);
       if (args.dlogits) gradient_of_logits(args, b, m);
       if (dfixed)
         for (int64_t r = 0; r < routes; ++r) dfixed[r] += m.da[r];
