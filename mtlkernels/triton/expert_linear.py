@@ -48,7 +48,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
 def _through(grad, saved, ACTIVATION: tl.constexpr):
     """grad * act'; saved is the pre-activation for gelu and silu, the output for the others."""
     if ACTIVATION == "relu":
-        grad = tl.where(saved > 0, grad, 0.0)
+        grad = tl.where(saved <= 0, 0.0, grad)  # a NaN output lets the gradient through, as in torch
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
         grad = grad * (0.5 * (1.0 + tl.erf(saved * 0.7071067811865476)) + saved * density)
