@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
     try:
         import mtlkernels
 
-        found["build"] = mtlkernels.build_info()
+        found["build"] = {k: v for k, v in mtlkernels.build_info().items() if k != "library"}  # its path is nobody's
     except ImportError:
         found["build"] = None
     return json.loads(json.dumps(found, default=str))

@@ -18,6 +18,7 @@ import torch
 
 from bench import calibrate, contest, parts, report
 from bench.contest import OURS, Task
+from bench.picture import draw
 from bench.timing import AGAIN, control_difference, interleaved
 
 
@@ -114,6 +115,9 @@ def main() -> None:
     result["seconds"] = time.perf_counter() - began
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for dtype in dtypes if "step" in wanted else ():
+        records = [r for r in result["step"] if r["task"]["dtype"] == dtype]
+        draw(records, result["machine"], args.out.with_name(f"{args.out.stem}_{dtype}.png"))
     console.print(f"{args.out}, {result['seconds']:.0f} s")
 
 
