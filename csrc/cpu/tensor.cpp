@@ -11,6 +11,8 @@ namespace mtl {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+// Scratch up to this size stays with its thread; more goes back at the next call that needs less than half of it.
+constexpr size_t kScratchKept = size_t{64} << 20;
 
 void ask_for_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
@@ -138,12 +140,15 @@ Tensor dense_rows(const Tensor& t) {
 void* scratch(int slot, size_t bytes) {
   thread_local Buffer buffers[4];
   Buffer& buffer = buffers[slot];
-  if (bytes > buffer.bytes) {
+  const bool oversized = buffer.bytes > kScratchKept && bytes < buffer.bytes / 2;
+  if (bytes > buffer.bytes || oversized) {
     std::free(buffer.data);
-    buffer.bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    buffer.data = std::aligned_alloc(kHugePage, buffer.bytes);
-    STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", buffer.bytes, " bytes of scratch");
-    ask_for_huge_pages(buffer.data, buffer.bytes);
+    buffer.bytes = 0;  // stays so if there is no memory
+    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    buffer.data = std::aligned_alloc(kHugePage, whole);
+    STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", whole, " bytes of scratch");
+    buffer.bytes = whole;
+    ask_for_huge_pages(buffer.data, whole);
   }
   return buffer.data;
 }

@@ -73,8 +73,8 @@ void run_tasks(int64_t tasks, double work, const F& task) {
   });
 }
 
-// Scratch memory of the calling thread, kept between calls up to a bound and aligned for vectors. `slot` tells apart
-// the buffers that one thread holds at a time.
+// Scratch memory of the calling thread, aligned for vectors and kept between calls. `slot` tells apart the buffers that
+// one thread holds at a time.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace mtl
