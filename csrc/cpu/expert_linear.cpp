@@ -26,15 +26,7 @@ const LinearKernels& kernels() {
 }
 
 const PackKernels& pack_kernels(ScalarType dtype, const char* argument) {
-  const PackKernels* found = nullptr;
-  with_type(dtype, argument, [&](auto s) {
-    using S = decltype(s);
-    found = std::is_same_v<S, double>     ? &kernels().f64
-            : std::is_same_v<S, float>    ? &kernels().f32
-            : std::is_same_v<S, BFloat16> ? &kernels().bf16
-                                          : &kernels().f16;
-  });
-  return *found;
+  return kernels().by_storage[int(storage_of(dtype, argument))];
 }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

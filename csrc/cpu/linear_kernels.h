@@ -44,7 +44,7 @@ struct PackKernels {
 struct LinearKernels {
   int tile_rows;
   int tile_cols_float, tile_cols_double;
-  PackKernels f64, f32, bf16, f16;
+  PackKernels by_storage[4];
   // sums[r][c] (packed type, `stride` apart) = product of packed panels; with `add`, on top of what is there.
   void (*accumulate_float)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
                            int64_t stride, bool add);

@@ -15,21 +15,9 @@ constexpr size_t kStreamBytes = size_t{16} << 20;
 
 using Native = std::optional<std::vector<int64_t>>;
 
-Storage storage_of(const Tensor& t, const char* argument) {
-  Storage found = Storage::kFloat;
-  with_type(t.scalar_type(), argument, [&](auto s) {
-    using S = decltype(s);
-    found = std::is_same_v<S, double>     ? Storage::kDouble
-            : std::is_same_v<S, float>    ? Storage::kFloat
-            : std::is_same_v<S, BFloat16> ? Storage::kBFloat16
-                                          : Storage::kHalf;
-  });
-  return found;
-}
-
 const MixKernels& kernels(const Tensor& experts) {
   static const MixTable& best = MTL_BEST_ISA(mix_kernels);
-  return best.by_storage[int(storage_of(experts, "experts"))];
+  return best.by_storage[int(storage_of(experts.scalar_type(), "experts"))];
 }
 
 ScalarType sum_type(const Tensor& experts) {
@@ -158,7 +146,7 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
     plan.logit_cols = columns ? logits->size(1) : plan.rows * plan.experts;
     STD_TORCH_CHECK(logits->numel() == call.batch * plan.logit_cols, "logits must be [B,T,E], or [B,R] with columns");
     call.args.logits = call.logits.const_data_ptr();
-    call.args.logits_type = storage_of(call.logits, "logits");
+    call.args.logits_type = storage_of(call.logits.scalar_type(), "logits");
   } else {
     plan.logit_cols = 0;
   }

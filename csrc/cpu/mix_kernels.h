@@ -7,10 +7,9 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "types.h"
 
 namespace mtl {
-
-enum class Storage : int { kDouble, kFloat, kBFloat16, kHalf };
 
 // Sparse rows: row i is the weighted sum of the inputs index[begin[i]] .. index[begin[i+1]].
 struct Lists {

@@ -131,6 +131,18 @@ Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 
 Tensor allocate_like(const Tensor& t) { return empty(t.sizes().data(), t.dim(), t.scalar_type()); }
 
+Storage storage_of(ScalarType dtype, const char* argument) {
+  Storage found{};
+  with_type(dtype, argument, [&](auto s) {
+    using S = decltype(s);
+    found = std::is_same_v<S, double>     ? Storage::kDouble
+            : std::is_same_v<S, float>    ? Storage::kFloat
+            : std::is_same_v<S, BFloat16> ? Storage::kBFloat16
+                                          : Storage::kHalf;
+  });
+  return found;
+}
+
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 Tensor dense_rows(const Tensor& t) {

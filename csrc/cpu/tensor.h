@@ -56,6 +56,9 @@ void with_type(ScalarType dtype, const char* argument, const F& f) {
   }
 }
 
+// The tensor's storage type; an error naming `argument` for any other dtype.
+Storage storage_of(ScalarType dtype, const char* argument);
+
 // Runs task(i) for i in [0, tasks) on torch's threads, each taking the next one free: a slow core does not hold up the
 // rest. Which thread runs a task never changes its result. `work`: about how many operations they are together; waking
 // the threads costs some ten thousand.

@@ -11,6 +11,9 @@ namespace mtl {
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
+// The same by number, the order of every table of kernels by storage type.
+enum class Storage : int { kDouble, kFloat, kBFloat16, kHalf };
+
 template <class S>
 using SumOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 

@@ -254,6 +254,19 @@ def same_bits(one: Outcome, other: Outcome) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def same_bits_with_any_threads(call: Callable[..., Tensor], tensors: Callable[[], Sequence[Tensor]]) -> None:
+    """Output and every gradient of call(*tensors()) are the same bits with 1, 2 and 5 threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(outcome(call, tensors()))
+    finally:
+        torch.set_num_threads(before)
+    same_bits(found[0], found[1])
+    same_bits(found[0], found[2])
+
+
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
     """The same shape with other strides. Values differ in the expanded ones alone."""
     last = tensor.dim() - 1

@@ -27,6 +27,7 @@ from .cases import (
     outcome,
     over,
     same_bits,
+    same_bits_with_any_threads,
 )
 
 ACTIVATIONS = [None, "relu", "gelu", "silu", "tanh", "sigmoid"]
@@ -260,16 +261,7 @@ def test_equal_rows_and_runs_agree_bit_for_bit(activation, dtype):
 @pytest.mark.parametrize("name", ["unequal", "over two batch blocks", "over a gradient block", "one row", "wide"])
 def test_threads_change_nothing(name, dtype):
     case = LINEAR[name]
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(outcome(lambda *t: case(*t, activation="silu", backend="native"), case.tensors(dtype)))
-    finally:
-        torch.set_num_threads(before)
-    same_bits(found[0], found[1])
-    same_bits(found[0], found[2])
+    same_bits_with_any_threads(lambda *t: case(*t, activation="silu", backend="native"), lambda: case.tensors(dtype))
 
 
 @each_backend

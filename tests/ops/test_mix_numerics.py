@@ -21,6 +21,7 @@ from .cases import (
     outcome,
     over,
     same_bits,
+    same_bits_with_any_threads,
 )
 
 EXTREME = {
@@ -177,15 +178,7 @@ def test_equal_rows_and_runs_agree_bit_for_bit(form, dtype):
 @pytest.mark.parametrize("form", ["both", "both masked", "both packed", "native", "channel"])
 def test_threads_change_nothing(form, dtype):
     case = make_mix(form, 300, 4, 6, 11)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(outcome(lambda *t: case(*t, backend="native"), case.tensors(dtype)))
-    finally:
-        torch.set_num_threads(before)
-    same_bits(found[0], found[1])
-    same_bits(found[0], found[2])
+    same_bits_with_any_threads(lambda *t: case(*t, backend="native"), lambda: case.tensors(dtype))
 
 
 @each_backend

@@ -122,15 +122,9 @@ constexpr PackKernels pack_kernels() {
 }  // namespace
 
 extern const LinearKernels linear_kernels = {
-    kTileRows,
-    kTileCols<float>,
-    kTileCols<double>,
-    pack_kernels<double>(),
-    pack_kernels<float>(),
-    pack_kernels<BFloat16>(),
-    pack_kernels<Half>(),
-    accumulate<float>,
-    accumulate<double>,
+    kTileRows,         kTileCols<float>,
+    kTileCols<double>, {pack_kernels<double>(), pack_kernels<float>(), pack_kernels<BFloat16>(), pack_kernels<Half>()},
+    accumulate<float>, accumulate<double>,
 };
 
 }  // namespace mtl::MTL_ISA
