@@ -26,8 +26,9 @@ class Operator:
 
     schemas    of forward and backward, for the namespaces that Python defines.
     fakes      shape functions of both.
-    keep       (args, outputs) -> the output that backward needs.
-    gradients  (backward_op, args, kept, needs, grad_outputs) -> one gradient for each tensor argument.
+    keep       (args, outputs) -> the outputs that backward needs, as a tuple.
+    gradients  (backward_op, args, kept, needs, grad_outputs) -> one gradient for each tensor argument; kept is what
+               `keep` gave, and the gradient of an output that nothing used is None.
     reference  the plain torch form, with the forward op's arguments and outputs.
     predicates which backend can run, in the order of ``auto``.
     """
@@ -39,7 +40,7 @@ class Operator:
         num_tensors: int,
         schemas: tuple[str, str],
         fakes: tuple[Callable, Callable],
-        keep: Callable[[tuple, tuple], Tensor],
+        keep: Callable[[tuple, tuple], tuple[Tensor, ...]],
         gradients: Callable[..., Grads],
         reference: Callable[..., tuple[Tensor, ...]],
         predicates: dict[str, backend.Predicate],
@@ -75,11 +76,12 @@ class Operator:
 
         def save(ctx: Any, inputs: tuple, output: tuple) -> None:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:num_tensors], keep(inputs, output))
+            ctx.save_for_backward(*inputs[:num_tensors], *keep(inputs, output))
             ctx.values = inputs[num_tensors:]
 
         def differentiate(ctx: Any, *grads: Tensor | None) -> Grads:
-            *tensors, kept = ctx.saved_tensors
+            saved = ctx.saved_tensors
+            tensors, kept = saved[:num_tensors], saved[num_tensors:]
             needs = ctx.needs_input_grad[:num_tensors]
             return (*gradients(backward, (*tensors, *ctx.values), kept, needs, grads), *(None for _ in ctx.values))
 
@@ -90,13 +92,13 @@ class Operator:
             def forward(ctx: Any, *args: Any) -> Tensor:
                 # The first output alone goes back: every further one costs another microsecond.
                 out = eager(*args)
-                ctx.save_for_backward(*args[:num_tensors], keep(args, out))
-                ctx.values = args[num_tensors:]
+                ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
+                ctx.values, ctx.outputs = args[num_tensors:], len(out)
                 return out[0]
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Grads:
-                grads = (grad, None)
+                grads = (grad, *(None,) * (ctx.outputs - 1))
                 if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                     found = _plain_gradients(
                         reference,

@@ -139,16 +139,16 @@ def _backward_fake(
     )
 
 
-def _keep(args: tuple, outputs: tuple) -> Tensor:
-    return outputs[1] if args[5] else outputs[0]
+def _keep(args: tuple, outputs: tuple) -> tuple[Tensor]:
+    return (outputs[1] if args[5] else outputs[0],)
 
 
-def _gradients(backward, args: tuple, kept: Tensor, needs: Sequence[bool], grads: Grads) -> Grads:
+def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     x, weight, _, counts, activation, _ = args
     if grads[0] is None:
         return None, None, None
     wanted = needs[0] + 2 * needs[1] + 4 * needs[2]
-    found = backward(grads[0], x, weight, kept, counts, activation, wanted)
+    found = backward(grads[0], x, weight, *kept, counts, activation, wanted)
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 

@@ -214,7 +214,7 @@ def _backward_fake(
     return like(experts, 1), like(logits, 2), like(static, 4)
 
 
-def _gradients(backward, args: tuple, kept: Tensor, needs: Sequence[bool], grads: Grads) -> Grads:
+def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     experts, logits, static, mask, columns, native = args
     grad, grad_lse = grads
     if grad is None and grad_lse is None:
@@ -223,7 +223,7 @@ def _gradients(backward, args: tuple, kept: Tensor, needs: Sequence[bool], grads
         rows = _num_rows(logits, static, mask, columns)
         grad = experts.new_zeros(experts.shape[0], rows, experts.shape[2])
     wanted = needs[0] + 2 * needs[1] + 4 * needs[2]
-    found = backward(grad, grad_lse, experts, logits, static, mask, columns, native, kept, wanted)
+    found = backward(grad, grad_lse, experts, logits, static, mask, columns, native, *kept, wanted)
     return (*(g if need else None for g, need in zip(found, needs[:3], strict=True)), None, None)
 
 
@@ -237,7 +237,7 @@ OPERATOR = Operator(
         " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)",
     ),
     fakes=(_forward_fake, _backward_fake),
-    keep=lambda args, outputs: outputs[1],
+    keep=lambda args, outputs: (outputs[1],),
     gradients=_gradients,
     reference=_plain.mix,
     predicates={
