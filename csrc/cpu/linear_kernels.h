@@ -26,30 +26,41 @@ struct Output {
   int64_t stride;
 };
 
-// Packing, for one storage type. "wide" panels are B's, tile_cols wide; the others A's, tile_rows wide.
+// Packing and multiplying, for one storage type. A's operand is rows of numbers to sum, side by side; B's panels of
+// tile_cols columns [panel][depth][tile_cols].
 struct PackKernels {
-  // Rows become panel width, columns are the depth.
-  void (*rows)(const Operand&, int64_t rows, int64_t depth, void* panels);
+  // rows x depth numbers, then zeros up to a whole number of tiles: A's operand.
+  void (*rows)(const Operand&, int64_t rows, int64_t depth, void* to);
+  // B's: each row of the operand becomes a column of a panel, or each of its columns does.
   void (*rows_wide)(const Operand&, int64_t rows, int64_t depth, void* panels);
-  // Columns become panel width, rows are the depth. sums (packed type, may be null) grows by each column's elements.
-  void (*columns)(const Operand&, int64_t depth, int64_t cols, void* panels, void* sums);
-  void (*columns_wide)(const Operand&, int64_t depth, int64_t cols, void* panels, void* sums);
+  void (*columns_wide)(const Operand&, int64_t depth, int64_t cols, void* panels);
   // n numbers of the storage type to the packed type and back.
   void (*widen)(const void* from, void* to, int64_t n);
   void (*narrow)(const void* from, void* to, int64_t n);
-  // Product of packed panels a [rows/tile_rows] and b [cols/tile_cols] to rows of this storage type.
-  void (*multiply)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&);
+  // Product of rows a, `a_stride` numbers apart and readable up to a whole tile, and panels b, to rows of this type.
+  void (*multiply)(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
+                   const Output&);
+};
+
+// The same for the packed type, float or double.
+struct SumKernels {
+  int tile_cols;
+  // sums[r][c], `stride` apart, = product of rows a [rows][depth] and panels b; with `add`, on top of what is there.
+  void (*accumulate)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
+                     int64_t stride, bool add);
+  // The same for A from `turn`.
+  void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
+                            int64_t stride, bool add);
+  // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to 64 bytes past their ends.
+  void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);
+  // sums[c] += the sum of column c, row after row.
+  void (*add_rows)(const void* rows, int64_t n, int64_t cols, void* sums);
 };
 
 struct LinearKernels {
   int tile_rows;
-  int tile_cols_float, tile_cols_double;
   PackKernels by_storage[4];
-  // sums[r][c] (packed type, `stride` apart) = product of packed panels; with `add`, on top of what is there.
-  void (*accumulate_float)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                           int64_t stride, bool add);
-  void (*accumulate_double)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                            int64_t stride, bool add);
+  SumKernels for_float, for_double;
 };
 
 #define MTL_DECLARE_LINEAR(ISA)              \

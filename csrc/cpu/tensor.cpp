@@ -150,7 +150,7 @@ Tensor dense_rows(const Tensor& t) {
 }
 
 void* scratch(int slot, size_t bytes) {
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[6];
   Buffer& buffer = buffers[slot];
   const bool oversized = buffer.bytes > kScratchKept && bytes < buffer.bytes / 2;
   if (bytes > buffer.bytes || oversized) {

@@ -11,18 +11,19 @@ Source<S> source(const Operand& o) {
   return {static_cast<const S*>(o.data), static_cast<const S*>(o.saved), o.activation, o.stride};
 }
 
-template <class S, bool wide>
-constexpr int kWidth = wide ? kTileCols<SumOf<S>> : kTileRows;
-
-template <class S, bool wide>
-void rows_to_panels(const Operand& o, int64_t rows, int64_t depth, void* panels) {
-  pack_rows<kWidth<S, wide>>(source<S>(o), rows, depth, static_cast<SumOf<S>*>(panels));
+template <class S>
+void rows_of(const Operand& o, int64_t rows, int64_t depth, void* to) {
+  copy_rows(source<S>(o), rows, depth, static_cast<SumOf<S>*>(to));
 }
 
-template <class S, bool wide>
-void columns_to_panels(const Operand& o, int64_t depth, int64_t cols, void* panels, void* sums) {
-  using C = SumOf<S>;
-  pack_columns<kWidth<S, wide>>(source<S>(o), depth, cols, static_cast<C*>(panels), static_cast<C*>(sums));
+template <class S>
+void rows_to_panels(const Operand& o, int64_t rows, int64_t depth, void* panels) {
+  pack_rows<kTileCols<SumOf<S>>>(source<S>(o), rows, depth, static_cast<SumOf<S>*>(panels));
+}
+
+template <class S>
+void columns_to_panels(const Operand& o, int64_t depth, int64_t cols, void* panels) {
+  pack_columns<kTileCols<SumOf<S>>>(source<S>(o), depth, cols, static_cast<SumOf<S>*>(panels));
 }
 
 template <class S>
@@ -70,21 +71,22 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
 }
 
 template <class S>
-void multiply(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out) {
+void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
+              const Output& out) {
   using C = SumOf<S>;
   constexpr int width = kTileCols<C>;
   alignas(kVectorBytes) C tile[kTileRows * width];
-  // One panel of B stays in L1 while the panels of A stream past it from L2.
+  // One panel of B stays in L1 while the rows of A stream past it from L2.
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      multiply_tile(depth, static_cast<const C*>(a) + r * depth, bp, tile, width, false);
+      multiply_tile<Layout::kRows>(depth, static_cast<const C*>(a) + r * a_stride, a_stride, bp, tile, width, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
   }
 }
 
-template <class C>
+template <Layout layout, class C>
 void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
                 bool add) {
   constexpr int width = kTileCols<C>;
@@ -94,37 +96,50 @@ void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_
     const int64_t m = std::min<int64_t>(width, cols - c);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       C* to = static_cast<C*>(sums) + r * stride + c;
-      const C* ap = static_cast<const C*>(a) + r * depth;
+      const C* ap = static_cast<const C*>(a) + r * depth;  // rows and panels alike
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
       for (int64_t i = n; i < std::min<int64_t>(n + kTileRows, rows - r); ++i) __builtin_prefetch(to + i * stride, 1);
       if (n == kTileRows && m == width) {
-        multiply_tile(depth, ap, bp, to, stride, add);
+        multiply_tile<layout>(depth, ap, depth, bp, to, stride, add);
         continue;
       }
       for (int64_t i = 0; add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
-      multiply_tile(depth, ap, bp, tile, width, add);
+      multiply_tile<layout>(depth, ap, depth, bp, tile, width, add);
       for (int64_t i = 0; i < n; ++i) std::copy_n(tile + i * width, m, to + i * stride);
     }
   }
 }
 
+template <class C>
+void turn(const void* rows, int64_t depth, int64_t cols, void* panels) {
+  turn_rows(static_cast<const C*>(rows), depth, cols, static_cast<C*>(panels));
+}
+
+template <class C>
+void add_rows(const void* rows, int64_t n, int64_t cols, void* sums) {
+  const C* from = static_cast<const C*>(rows);
+  C* to = static_cast<C*>(sums);
+  for (int64_t r = 0; r < n; ++r, from += cols)
+    for (int64_t c = 0; c < cols; ++c) to[c] += from[c];
+}
+
 template <class S>
 constexpr PackKernels pack_kernels() {
-  return {rows_to_panels<S, false>,
-          rows_to_panels<S, true>,
-          columns_to_panels<S, false>,
-          columns_to_panels<S, true>,
-          widen_row<S>,
-          narrow_row<S>,
-          multiply<S>};
+  return {rows_of<S>, rows_to_panels<S>, columns_to_panels<S>, widen_row<S>, narrow_row<S>, multiply<S>};
+}
+
+template <class C>
+constexpr SumKernels sum_kernels() {
+  return {kTileCols<C>, accumulate<Layout::kRows, C>, accumulate<Layout::kPanel, C>, turn<C>, add_rows<C>};
 }
 
 }  // namespace
 
 extern const LinearKernels linear_kernels = {
-    kTileRows,         kTileCols<float>,
-    kTileCols<double>, {pack_kernels<double>(), pack_kernels<float>(), pack_kernels<BFloat16>(), pack_kernels<Half>()},
-    accumulate<float>, accumulate<double>,
+    kTileRows,
+    {pack_kernels<double>(), pack_kernels<float>(), pack_kernels<BFloat16>(), pack_kernels<Half>()},
+    sum_kernels<float>(),
+    sum_kernels<double>(),
 };
 
 }  // namespace mtl::MTL_ISA

@@ -1,4 +1,5 @@
-// The GEMM tile and the packing before it: panels of A [depth][kTileRows] against panels of B [depth][kTileCols].
+// The GEMM tile and the packing before it: rows of A, or panels of it [depth][kTileRows], against panels of B
+// [depth][kTileCols].
 //
 // Everything that differs between products (transposition, storage type, the activation's gradient) happens while
 // packing, so that one tile kernel serves them all, and no pass over an activation-sized tensor is made for it.
@@ -11,9 +12,13 @@
 
 namespace mtl::MTL_ISA {
 
+// How A lies: rows, `stride` apart, whose elements follow each other along the depth; or a panel, where kTileRows
+// elements of one depth do. Rows cost nothing to make, since they are only copied.
+enum class Layout { kRows, kPanel };
+
 // tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds.
-template <class C>
-inline void multiply_tile(int64_t depth, const C* a, const C* b, C* tile, int64_t stride, bool add) {
+template <Layout layout, class C>
+inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, C* tile, int64_t stride, bool add) {
   using V = Vector<C>;
   constexpr int lanes = kLanes<C>, cols = kTileCols<C>;
   V sum[kTileRows][2];
@@ -26,10 +31,11 @@ inline void multiply_tile(int64_t depth, const C* a, const C* b, C* tile, int64_
     const V b0 = load(b), b1 = load(b + lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      sum[i][0] += a[i] * b0;
-      sum[i][1] += a[i] * b1;
+      const C from_a = layout == Layout::kRows ? a[i * a_stride] : a[i];
+      sum[i][0] += from_a * b0;
+      sum[i][1] += from_a * b1;
     }
-    a += kTileRows;
+    a += layout == Layout::kRows ? 1 : kTileRows;
     b += cols;
   }
 #pragma GCC unroll 16
@@ -83,13 +89,39 @@ void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
   }
 }
 
+// Whole rows, side by side: dst[r][k] = src[r][k], k < depth; rows up to the next whole tile are zero.
+template <class S, class C>
+void copy_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
+  for (int64_t r = 0; r < rows; ++r, dst += depth) {
+    const C* from = src.read(r, 0, depth, dst);
+    if (from != dst) std::copy_n(from, depth, dst);
+  }
+  std::fill_n(dst, (kTileRows - rows % kTileRows) % kTileRows * depth, C{0});
+}
+
+// Panels of A from rows that lie side by side: dst[p][k][i] = rows[k][p * kTileRows + i]. Reads and writes up to a
+// vector past the end of either.
+template <class C>
+void turn_rows(const C* rows, int64_t depth, int64_t cols, C* dst) {
+  // A vector at a time, of which the next row overwrites what is too much; eight rows, as below.
+  constexpr int64_t block = 8, bytes = (kTileRows * sizeof(C) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+  for (int64_t k = 0; k < depth; k += block) {
+    const int64_t n = std::min(block, depth - k), whole = k + n == depth ? n - 1 : n;
+    for (int64_t c = 0; c < cols; c += kTileRows) {
+      const C* from = rows + k * cols + c;
+      C* to = dst + c * depth + k * kTileRows;
+      for (int64_t r = 0; r < whole; ++r) std::memcpy(to + r * kTileRows, from + r * cols, bytes);
+      if (whole < n) std::memcpy(to + whole * kTileRows, from + whole * cols, kTileRows * sizeof(C));
+    }
+  }
+}
+
 // Columns become the panel's width: dst[p][k][i] = src[k][p * width + i], k < depth; columns past `cols` are zero.
-// sums[c], where given, grows by the packed elements of column c, row after row.
 //
 // Eight rows at a time: panels lie a multiple of 4 KiB apart, so that writing one row across all of them would meet in
 // a few L1 sets and throw every line out half written (dW: 249 ms -> 180 ms).
 template <int width, class S, class C>
-void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst, C* sums = nullptr) {
+void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst) {
   constexpr int64_t chunk = 192, block = 8;
   static_assert(chunk % width == 0);
   C buffer[block][chunk];
@@ -98,11 +130,7 @@ void pack_columns(const Source<S>& src, int64_t depth, int64_t cols, C* dst, C* 
     for (int64_t c = 0; c < cols; c += chunk) {
       const int64_t n = std::min(chunk, cols - c);
       const C* from[block];
-      for (int64_t r = 0; r < rows; ++r) {
-        from[r] = src.read(k + r, c, n, buffer[r]);
-        if (sums)
-          for (int64_t i = 0; i < n; ++i) sums[c + i] += from[r][i];
-      }
+      for (int64_t r = 0; r < rows; ++r) from[r] = src.read(k + r, c, n, buffer[r]);
       C* to = dst + c * depth + k * width;
       int64_t i = 0;
       for (; i + width <= n; i += width, to += width * depth)

@@ -1,0 +1,74 @@
+// What forward and backward of expert_linear share: the sizes of a call, cut into one product for each unit.
+#pragma once
+
+#include <algorithm>
+
+#include "linear_kernels.h"
+#include "tensor.h"
+
+namespace mtl {
+
+inline const LinearKernels& linear_kernels() {
+  static const LinearKernels& best = MTL_BEST_ISA(linear_kernels);
+  return best;
+}
+
+inline const PackKernels& pack_kernels(ScalarType dtype, const char* argument) {
+  return linear_kernels().by_storage[int(storage_of(dtype, argument))];
+}
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The experts that read one input, and where their numbers lie.
+struct Unit {
+  int64_t input;   // which of x's units
+  int64_t first;   // first column among all E * N
+  int64_t cols;    // columns: its experts times N
+  int64_t panels;  // offset of its packed weights
+};
+
+struct Problem {
+  int64_t batch, inputs, experts, outputs, features;  // B, U (1 for [B,K]), E, N, K
+  size_t packed_size;                                 // of one packed number
+  int64_t tile_rows, tile_cols;
+  std::vector<Unit> units;
+  int64_t columns() const { return experts * outputs; }
+  double work() const { return double(batch) * columns() * features; }
+  const SumKernels& sums() const {
+    return packed_size == sizeof(double) ? linear_kernels().for_double : linear_kernels().for_float;
+  }
+  // Gives every unit room for `numbers_of` packed numbers; returns their total.
+  template <class NumbersOf>
+  int64_t lay_out(const NumbersOf& numbers_of) {
+    int64_t total = 0;
+    for (Unit& u : units) {
+      u.panels = total;
+      total += numbers_of(u);
+    }
+    return total;
+  }
+};
+
+// Checks that the tensors fit each other.
+Problem linear_problem(const Tensor& x, const Tensor& weight,
+                       const std::optional<std::vector<int64_t>>& experts_per_unit);
+
+inline Operand moved(Operand o, int64_t row, int64_t col, size_t element) {
+  const int64_t offset = (row * o.stride + col) * int64_t(element);
+  o.data = static_cast<const char*>(o.data) + offset;
+  if (o.saved) o.saved = static_cast<const char*>(o.saved) + offset;
+  return o;
+}
+
+// Unit u's rows of x [B,K] or [B,U,K].
+inline Operand input_of(const Tensor& x, const Unit& u) {
+  const int64_t offset = x.dim() == 3 ? u.input * x.stride(1) : 0;
+  return moved({x.const_data_ptr(), nullptr, Activation::kNone, x.stride(0)}, 0, offset, x.element_size());
+}
+
+// Unit u's slice of a contiguous weight [E,N,K], one row a column of the product.
+inline Operand weight_of(const Tensor& weight, const Problem& p, const Unit& u) {
+  return moved({weight.const_data_ptr(), nullptr, Activation::kNone, p.features}, u.first, 0, weight.element_size());
+}
+
+}  // namespace mtl
