@@ -28,4 +28,6 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
+  // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.
+  m.def("cpu_isa(str name) -> str");
 }

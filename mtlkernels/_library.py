@@ -34,7 +34,8 @@ def build_info() -> dict[str, Any]:
 
     loaded, reason   whether the compiled operators are in use, and why not
     library          the path of their library
-    cpu_isas         the CPU instruction sets it has kernels for; the best that the processor has is taken at run time
+    cpu_isas         the CPU instruction sets it has kernels for
+    cpu_isa          the one in use, the best that the processor has
     cuda_archs       the GPU architectures it was compiled for, as nvcc names them; empty without CUDA kernels
     cxx, nvcc        the compilers
     torch_target     the oldest torch that it loads under; torch_headers: the one it was compiled against
@@ -46,7 +47,8 @@ def build_info() -> dict[str, Any]:
     except (ImportError, AttributeError):
         built = dict(_NOTHING)
     running = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    return {"loaded": loaded(), "reason": reason(), "library": str(PATH), **built, **running}
+    isa = torch.ops.mtlkernels.cpu_isa("") if loaded() else ""
+    return {"loaded": loaded(), "reason": reason(), "library": str(PATH), "cpu_isa": isa, **built, **running}
 
 
 def empty_cache() -> int:

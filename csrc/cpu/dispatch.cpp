@@ -1,8 +1,18 @@
 #include "dispatch.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <string>
+
 namespace mtl {
 
-static Isa detect() {
+namespace {
+
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -14,9 +24,27 @@ static Isa detect() {
   return Isa::kGeneric;
 }
 
-Isa isa() {
-  static const Isa best = detect();
-  return best;
+std::atomic<Isa>& in_use() {
+  static std::atomic<Isa> chosen{detect()};
+  return chosen;
 }
+
+// What runs, after a change to `name` unless that is empty; tests go through all that the processor has.
+std::string cpu_isa(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name != kNames[i]) continue;
+    STD_TORCH_CHECK(Isa(i) <= detect(), "this processor has no ", name);
+    in_use() = Isa(i);
+    return name;
+  }
+  STD_TORCH_CHECK(name.empty(), "cpu_isa must be generic, avx2 or avx512; got ", name);
+  return kNames[int(isa())];
+}
+
+}  // namespace
+
+Isa isa() { return in_use().load(std::memory_order_relaxed); }
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace mtl

@@ -3,9 +3,9 @@
 
 namespace mtl {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512 };  // each has all that the ones before it have
 
-// The best instruction set of this processor that this build has kernels for; asked once.
+// The instruction set in use: the best one that this processor has, unless the op cpu_isa set another.
 Isa isa();
 
 }  // namespace mtl

@@ -8,10 +8,7 @@
 
 namespace mtl {
 
-inline const LinearKernels& linear_kernels() {
-  static const LinearKernels& best = MTL_BEST_ISA(linear_kernels);
-  return best;
-}
+inline const LinearKernels& linear_kernels() { return MTL_BEST_ISA(linear_kernels); }
 
 inline const PackKernels& pack_kernels(ScalarType dtype, const char* argument) {
   return linear_kernels().by_storage[int(storage_of(dtype, argument))];

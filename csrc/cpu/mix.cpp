@@ -16,8 +16,7 @@ constexpr size_t kStreamBytes = size_t{16} << 20;
 using Native = std::optional<std::vector<int64_t>>;
 
 const MixKernels& kernels(const Tensor& experts) {
-  static const MixTable& best = MTL_BEST_ISA(mix_kernels);
-  return best.by_storage[int(storage_of(experts.scalar_type(), "experts"))];
+  return MTL_BEST_ISA(mix_kernels).by_storage[int(storage_of(experts.scalar_type(), "experts"))];
 }
 
 ScalarType sum_type(const Tensor& experts) {
