@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _library, backend
-
-Grads = tuple[Tensor | None, ...]
+from ._functional import Grads, functional, register_vmap
 
 
 class Operator:
@@ -50,6 +49,7 @@ class Operator:
         self._forward: dict[str, Callable] = {}
         self._eager: dict[str, Callable] = {}
         self._function: dict[str, type[torch.autograd.Function]] = {}
+        self._functional: dict[str, Callable[..., Tensor]] = {}
         backend.register(name, predicates)
         if _library.loaded():
             self._add("native", torch.ops.mtlkernels, fakes)
@@ -60,10 +60,14 @@ class Operator:
     def __call__(self, which: str, wants_grad: bool, *args: Any) -> Tensor:
         """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient."""
         if torch.compiler.is_compiling():
-            return self.reference(*args)[0] if which == "reference" else self._forward[which](*args)[0]
+            # Nor does the compiler know operators' rules for torch.func's transforms; it has the plain form's.
+            plain = which == "reference" or torch._C._are_functorch_transforms_active()
+            return self.reference(*args)[0] if plain else self._forward[which](*args)[0]
         # The kernels know no tangents: where forward-mode derivatives are being taken, they would be lost silently.
-        if which == "reference" or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if which == "reference" or forward_ad._current_level >= 0:
             return self.reference(*args)[0]
+        if torch._C._are_functorch_transforms_active():
+            return self._functional[which](*args)
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)
         return self._eager[which](*args)[0]
@@ -72,7 +76,9 @@ class Operator:
         forward, eager, backward = (getattr(ops, self.name + suffix).default for suffix in ("", "_eager", "_backward"))
         for op, fake in zip((forward, eager, backward), (fakes[0], *fakes), strict=True):
             torch.library.register_fake(op._name.removesuffix(".default"), fake)
+            register_vmap(op)
         num_tensors, keep, gradients, reference = self.num_tensors, self._keep, self._gradients, self.reference
+        num_outputs = len(forward._schema.returns)
 
         def save(ctx: Any, inputs: tuple, output: tuple) -> None:
             ctx.set_materialize_grads(False)
@@ -93,13 +99,14 @@ class Operator:
                 # The first output alone goes back: every further one costs another microsecond.
                 out = eager(*args)
                 ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
-                ctx.values, ctx.outputs = args[num_tensors:], len(out)
+                ctx.values = args[num_tensors:]
                 return out[0]
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Grads:
-                grads = (grad, *(None,) * (ctx.outputs - 1))
-                if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                grads = (grad, *(None,) * (num_outputs - 1))
+                # What the kernel does not know: gradients of gradients, and their tangents.
+                if torch.is_grad_enabled() or forward_ad._current_level >= 0:
                     found = _plain_gradients(
                         reference,
                         ctx.saved_tensors[:num_tensors],
@@ -110,6 +117,10 @@ class Operator:
                     return (*found, *(None for _ in ctx.values))
                 return differentiate(ctx, *grads)
 
+        def first_order(args: tuple, kept: tuple, needs: tuple, grad: Tensor) -> Grads:
+            return gradients(backward, args, kept, needs, (grad, *(None,) * (num_outputs - 1)))
+
+        self._functional[which] = functional(eager, first_order, reference, keep, num_tensors)
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
         self._forward[which], self._eager[which], self._function[which] = forward, eager, Eager
 

@@ -10,8 +10,6 @@ from ..reference import expert_linear as _plain
 from ._operator import Grads, Operator
 
 ACTIVATIONS = tuple(name for name in _plain.ACTIVATIONS if name)
-# Their derivative needs the value before the activation; the others' follows from the output.
-_NEED_INPUT = ("gelu", "silu")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,7 +46,7 @@ def expert_linear(
     name = activation or ""
     grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     which = _backend.choose("expert_linear", backend, x)
-    save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
+    save = grad and name in _plain.NEED_INPUT and torch.is_grad_enabled()
     return OPERATOR(which, grad, x, weight, bias, counts, name, save)
 
 
@@ -120,7 +118,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: list[int] | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0], weight.shape[1])
-    return y, torch.empty_like(y) if save and activation in _NEED_INPUT else x.new_empty(0)
+    return y, torch.empty_like(y) if save and activation in _plain.NEED_INPUT else x.new_empty(0)
 
 
 def _backward_fake(
