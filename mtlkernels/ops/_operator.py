@@ -10,7 +10,7 @@ out when no gradient is wanted.
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ class Operator:
                `keep` gave, and the gradient of an output that nothing used is None.
     reference  the plain torch form, with the forward op's arguments and outputs.
     predicates which backend can run, in the order of ``auto``.
+
+    For :func:`mtlkernels.explain`:
+
+    public     the functions that call it, where their names are not its own.
+    autocast   whether it follows autocast, which takes a float32 first argument to 16 bit.
+    sizes      from the arguments of a public function, by name, the sizes that its predicates look at, if they do.
     """
+
+    all: ClassVar[dict[str, "Operator"]] = {}
 
     def __init__(
         self,
@@ -43,8 +51,13 @@ class Operator:
         gradients: Callable[..., Grads],
         reference: Callable[..., tuple[Tensor, ...]],
         predicates: dict[str, backend.Predicate],
+        public: tuple[str, ...] = (),
+        autocast: bool = False,
+        sizes: Callable[..., backend.Sizes] | None = None,
     ) -> None:
         self.name, self.num_tensors, self.reference = name, num_tensors, reference
+        self.public, self.autocast, self.sizes = public or (name,), autocast, sizes
+        self.all[name] = self
         self._keep, self._gradients = keep, gradients
         self._forward: dict[str, Callable] = {}
         self._eager: dict[str, Callable] = {}

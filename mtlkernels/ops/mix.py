@@ -245,4 +245,5 @@ OPERATOR = Operator(
         "triton": _backend.triton_support,
         "reference": _backend.reference_support,
     },
+    public=("mix", "gated_mix", "adatt_mix", "linear_mix"),
 )
