@@ -27,7 +27,7 @@ def ids(*shape):
 
 # B=10, E=3, N=5, K=7: BEN=150, BEKN=1050, EKN=105, EN=15, BK=70. mix: T=2, D=4: BED=120, BTD=80, BTE=60, BTED=240.
 X, W, C, Y = f32(10, 7), f32(3, 5, 7), f32(3, 5), f32(10, 3, 5)
-H, L, S, V, O = bf16(10, 3, 4), f32(10, 2, 3), f32(2, 3), f32(2, 3, 4), bf16(10, 2, 4)
+H, L, S, V, OUT = bf16(10, 3, 4), f32(10, 2, 3), f32(2, 3), f32(2, 3, 4), bf16(10, 2, 4)
 PACKED, COLUMNS, LSE = f32(10, 4), torch.empty(2, 3, dtype=torch.int32, device="meta"), f32(10, 2)
 MASK = torch.empty(2, 3, dtype=torch.bool, device="meta")
 # J=2, I=3, N=5, K=7: IJNK=210, BJK=140, BIN=150. Domains P=4, N=5, K=7: NK=35.
@@ -50,10 +50,10 @@ COSTS = [
     ("mix", (H, L, f32(2), None, None, [1, 1, 1]), 2 * 240 + 4 * 60, 2 * (120 + 80) + 4 * 62),
     ("mix", (H, PACKED, None, None, COLUMNS, None), 2 * 160 + 4 * 40, 2 * (120 + 80) + 4 * 40),
     ("mix", (H, None, f32(4), None, COLUMNS, None), 2 * 160, 2 * (120 + 80) + 4 * 4),
-    ("mix_backward", (O, None, H, L, None, None, None, None, LSE, 3), 4 * 240 + 5 * 60, 2 * (80 + 240) + 4 * 120),
-    ("mix_backward", (O, None, H, None, V, None, None, None, LSE, 5), 4 * 240, 2 * (80 + 240) + 8 * 24),
-    ("mix_backward", (O, None, H, L, None, None, None, None, LSE, 1), 2 * 240, 2 * (80 + 120) + 4 * 60),
-    ("mix_backward", (O, None, H, L, None, None, None, None, LSE, 2), 2 * 240 + 300, 2 * (80 + 120) + 4 * 120),
+    ("mix_backward", (OUT, None, H, L, None, None, None, None, LSE, 3), 4 * 240 + 5 * 60, 2 * (80 + 240) + 4 * 120),
+    ("mix_backward", (OUT, None, H, None, V, None, None, None, LSE, 5), 4 * 240, 2 * (80 + 240) + 8 * 24),
+    ("mix_backward", (OUT, None, H, L, None, None, None, None, LSE, 1), 2 * 240, 2 * (80 + 120) + 4 * 60),
+    ("mix_backward", (OUT, None, H, L, None, None, None, None, LSE, 2), 2 * 240 + 300, 2 * (80 + 120) + 4 * 120),
     ("expert_mix", (X, W, C, L, None, None, None, None, "relu"), 2100 + 2 * 300 + 240, 4 * (70 + 105 + 15 + 60 + 100)),
     ("expert_mix_backward", (f32(10, 2, 5), None, X, W, C, L, None, None, None, None, "relu", LSE, 15),
      6 * 1050 + 150 + 4 * 300 + 5 * 60, 4 * (2 * 150 + 100 + 3 * 70 + 2 * 105 + 2 * 15 + 2 * 60)),
