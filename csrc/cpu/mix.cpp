@@ -35,33 +35,56 @@ struct Call {
   double work() const { return double(batch) * plan.rows * plan.experts * plan.width; }
 };
 
-int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
-                     const OptionalTensor& columns) {
-  if (columns) return columns->size(0);
-  if (logits) return logits->size(1);
-  if (mask) return mask->size(0);
-  STD_TORCH_CHECK(fixed, "give logits, static, or both");
+// Raises what does not fit, so that whoever calls the op need check nothing before; returns the output rows T.
+int64_t rows_of_call(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+                     const OptionalTensor& mask, const OptionalTensor& columns, const Native& native) {
+  STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
+  const int64_t batch = experts.size(0), num_experts = experts.size(1);
+  for (const OptionalTensor* table : {&mask, &columns})
+    STD_TORCH_CHECK(!*table || ((*table)->dim() == 2 && (*table)->size(1) == num_experts),
+                    "mask and columns must be [T,E]");
+  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
+  if (logits) {
+    const bool fits = columns ? logits->dim() == 2 : logits->dim() == 3 && logits->size(2) == num_experts;
+    STD_TORCH_CHECK(fits && logits->size(0) == batch, "logits must be [B,T,E], or [B,R] with columns");
+  }
+  const bool by_channel = fixed && fixed->dim() == 3;
+  if (by_channel) {
+    const bool alone = !logits && !mask && !columns && !native;
+    STD_TORCH_CHECK(alone && fixed->size(1) == num_experts && fixed->size(2) == experts.size(2),
+                    "static [T,E,D] must fit experts, and goes with nothing else");
+  } else if (fixed) {
+    const bool fits = columns || native ? fixed->dim() == 1 : fixed->dim() == 2 && fixed->size(1) == num_experts;
+    STD_TORCH_CHECK(fits, "static must be [T,E], packed [R] with columns, or a weight a native expert");
+  }
+  if (fixed) storage_of(fixed->scalar_type(), "static");
+  const int64_t rows = columns ? columns->size(0) : logits ? logits->size(1) : mask ? mask->size(0) : 0;
+  if (columns || logits || mask) {
+    STD_TORCH_CHECK(!mask || mask->size(0) == rows, "mask must be [T,E]");
+    STD_TORCH_CHECK(!fixed || fixed->dim() != 2 || fixed->size(0) == rows, "static must be [T,E]");
+    return rows;
+  }
+  STD_TORCH_CHECK(fixed && !native, "give logits, static, or both; native goes with logits");
   return fixed->size(0);
 }
 
-void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native,
-                 bool with_static) {
+void plan_routes(Call& call, const OptionalTensor& fixed, const OptionalTensor& mask, const OptionalTensor& columns,
+                 const Native& native) {
+  const bool with_static = fixed.has_value();
   MixPlan& plan = call.plan;
   const Tensor mask_dense = mask ? dense(*mask) : Tensor();
   const Tensor columns_dense = columns ? dense(*columns) : Tensor();
   const bool* may = mask ? data<bool>(mask_dense) : nullptr;
   const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
   plan.dense = !may && !column;
-  for (const OptionalTensor* table : {&mask, &columns})
-    STD_TORCH_CHECK(
-        !*table || ((*table)->dim() == 2 && (*table)->size(0) == plan.rows && (*table)->size(1) == plan.experts),
-        "mask and columns must be [T,E]");
-  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-  STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
   std::vector<int64_t> first_native;  // of each row: its unit's first expert
   if (native) {
     first_native.push_back(0);
-    for (int64_t n : *native) first_native.push_back(first_native.back() + n);
+    for (int64_t n : *native) {
+      STD_TORCH_CHECK(n >= 0 && n <= plan.experts, "native must count experts");
+      first_native.push_back(first_native.back() + n);
+    }
     STD_TORCH_CHECK(int64_t(native->size()) >= plan.rows && first_native.back() == plan.experts,
                     "native must count the experts of at least T units and sum to E");
   }
@@ -82,6 +105,13 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
     }
     plan.uses.close_row(plan.dense);
   }
+  if (columns && !mask) {
+    const int64_t routes = int64_t(plan.uses.index.size());
+    STD_TORCH_CHECK(!plan.softmax || plan.logit_cols == routes, "logits must be [B,R], R the routes of columns");
+    STD_TORCH_CHECK(!with_static || fixed->numel() == routes, "static must be [R], R the routes of columns");
+  }
+  if (native && with_static)
+    STD_TORCH_CHECK(fixed->numel() == first_native[plan.rows], "static must have a weight for each native expert");
 }
 
 // The routes ordered by expert.
@@ -131,20 +161,18 @@ void take_static(Call& call, const OptionalTensor& fixed) {
 Call prepare(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
              const OptionalTensor& mask, const OptionalTensor& columns, const Native& native) {
   Call call;
-  STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
+  const int64_t rows = rows_of_call(experts, logits, fixed, mask, columns, native);
   call.experts = dense_rows(experts);
   call.batch = experts.size(0);
   MixPlan& plan = call.plan;
   plan.experts = experts.size(1), plan.width = experts.size(2);
-  plan.rows = rows_of_call(logits, fixed, mask, columns);
+  plan.rows = rows;
   plan.softmax = logits.has_value();
   call.plan.by_channel = fixed && fixed->dim() == 3;
   call.has_fixed = (fixed && !call.plan.by_channel) || native;
   if (logits) {
     call.logits = dense(*logits);
-    STD_TORCH_CHECK(logits->size(0) == call.batch, "logits must have experts' batch size");
     plan.logit_cols = columns ? logits->size(1) : plan.rows * plan.experts;
-    STD_TORCH_CHECK(logits->numel() == call.batch * plan.logit_cols, "logits must be [B,T,E], or [B,R] with columns");
     call.args.logits = call.logits.const_data_ptr();
     call.args.logits_type = storage_of(call.logits.scalar_type(), "logits");
   } else {
@@ -153,14 +181,11 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
   if (call.plan.by_channel)
     plan.dense = false;
   else
-    plan_routes(call, mask, columns, native, fixed.has_value());
+    plan_routes(call, fixed, mask, columns, native);
   if (fixed) {
     int64_t largest = -1;
     for (int64_t at : call.fixed_at) largest = std::max(largest, at);
     STD_TORCH_CHECK(largest < fixed->numel(), "static has too few entries");
-    STD_TORCH_CHECK(
-        !call.plan.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
-        "static [T,E,D] must fit experts, and goes without logits");
   }
   if (sum_type(experts) == ScalarType::Double)
     take_static<double>(call, fixed);
