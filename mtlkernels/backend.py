@@ -88,6 +88,11 @@ def choose(op: str, backend: str | None, tensor: torch.Tensor, sizes: Sizes | No
     return _lookup(op, name, _CPU if tensor.is_cpu else tensor.device, tensor.dtype, sizes)
 
 
+def chosen_for_cpu(op: str, backend: str | None, dtype: torch.dtype) -> str | None:
+    """What `choose` has answered before, for a tensor of this dtype on the CPU; None if it has not been asked."""
+    return _chosen.get((op, _default if backend is None else backend, _CPU, dtype, None))
+
+
 # A constant to torch.compile: if it traced into this, its guards would watch the dictionary, and every entry recompile.
 @torch.compiler.assume_constant_result
 def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str:

@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 from .. import _library, backend
 from ._functional import Grads, functional, register_vmap
 
+# Other types, FakeTensor and DTensor among them, take the long way.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 class Operator:
     """One operator over its backends. Its forward op takes `num_tensors` tensors (or None), then plain values.
@@ -30,6 +33,7 @@ class Operator:
                `keep` gave, and the gradient of an output that nothing used is None.
     reference  the plain torch form, with the forward op's arguments and outputs.
     predicates which backend can run, in the order of ``auto``.
+    remember   (eager_op) -> the forward of an autograd.Function over it: `keep` spelled out, for speed. Optional.
 
     For :func:`mtlkernels.explain`:
 
@@ -51,6 +55,7 @@ class Operator:
         gradients: Callable[..., Grads],
         reference: Callable[..., tuple[Tensor, ...]],
         predicates: dict[str, backend.Predicate],
+        remember: Callable[[Callable], Callable[..., Tensor]] | None = None,
         public: tuple[str, ...] = (),
         autocast: bool = False,
         sizes: Callable[..., backend.Sizes] | None = None,
@@ -58,11 +63,13 @@ class Operator:
         self.name, self.num_tensors, self.reference = name, num_tensors, reference
         self.public, self.autocast, self.sizes = public or (name,), autocast, sizes
         self.all[name] = self
-        self._keep, self._gradients = keep, gradients
+        self._keep, self._gradients, self._remember = keep, gradients, remember
         self._forward: dict[str, Callable] = {}
         self._eager: dict[str, Callable] = {}
         self._function: dict[str, type[torch.autograd.Function]] = {}
         self._functional: dict[str, Callable[..., Tensor]] = {}
+        self.kernel: Callable[..., tuple[Tensor, ...]]  # of the C++ library, for goes_straight
+        self.differentiable: Callable[..., Tensor]
         backend.register(name, predicates)
         if _library.loaded():
             self._add("native", torch.ops.mtlkernels, fakes)
@@ -85,6 +92,23 @@ class Operator:
             return self._function[which].apply(*args)
         return self._eager[which](*args)[0]
 
+    def goes_straight(self, tensor: Any, which: str | None) -> bool:
+        """Whether a call on `tensor`, its first one, may go to the CPU's C++ kernel at once: to `kernel`, or with a
+        gradient to `differentiable`.
+
+        Plain tensors may, outside of autocast and of transforms (and of the compiler, which is for the caller to see),
+        once the kernel has been chosen for one like this. It checks its arguments itself, except that all are on the
+        CPU; so the public function's checks, a quarter of a small call, need to run only where it refused.
+        """
+        return (
+            type(tensor) in _PLAIN
+            and tensor.is_cpu
+            and not torch._C._is_any_autocast_enabled()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and backend.chosen_for_cpu(self.name, which, tensor.dtype) == "native"
+        )
+
     def _add(self, which: str, ops: Any, fakes: tuple[Callable, Callable]) -> None:
         forward, eager, backward = (getattr(ops, self.name + suffix).default for suffix in ("", "_eager", "_backward"))
         for op, fake in zip((forward, eager, backward), (fakes[0], *fakes), strict=True):
@@ -106,14 +130,17 @@ class Operator:
 
         torch.library.register_autograd(forward._name.removesuffix(".default"), differentiate, setup_context=save)
 
+        def remember(ctx: Any, *args: Any) -> Tensor:
+            # The first output alone goes back: every further one costs another microsecond.
+            out = kernel(*args)
+            ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
+            ctx.values = args[num_tensors:]
+            return out[0]
+
+        kernel = getattr(eager, "_op", eager)  # what calling it calls: a Python frame less
+
         class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Tensor:
-                # The first output alone goes back: every further one costs another microsecond.
-                out = eager(*args)
-                ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
-                ctx.values = args[num_tensors:]
-                return out[0]
+            forward = staticmethod(self._remember(kernel) if self._remember else remember)
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Grads:
@@ -135,7 +162,10 @@ class Operator:
 
         self._functional[which] = functional(eager, first_order, reference, keep, num_tensors)
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
-        self._forward[which], self._eager[which], self._function[which] = forward, eager, Eager
+        self._forward[which], self._eager[which], self._function[which] = forward, kernel, Eager
+        if which == "native":
+            # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
+            self.kernel, self.differentiable = kernel, super(torch.autograd.Function, Eager).apply
 
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this
