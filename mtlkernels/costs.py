@@ -26,11 +26,11 @@ class Cost(NamedTuple):
 
 
 def cost(op: str, *args: Any) -> Cost:
-    """Of the dispatcher op `op` ("mix", "mix_eager", "mix_backward") with these arguments; meta tensors will do.
+    """Of the dispatcher op `op` ("mix", "mix_eager", "mix_only", "mix_backward") with these arguments, maybe on meta.
 
     Raises KeyError for an op without a formula.
     """
-    return COSTS[op.removesuffix("_eager")](*args)
+    return COSTS[op.removesuffix("_eager").removesuffix("_only")](*args)
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -302,7 +302,7 @@ def _register(counter: Any) -> None:
     """Tell torch.utils.flop_counter the formulas of the ops that exist."""
     for namespace in ("mtlkernels", "mtlkernels_triton"):
         for name, formula in COSTS.items():
-            for full in (name, f"{name}_eager"):
+            for full in (name, f"{name}_eager", f"{name}_only"):
                 op = getattr(getattr(torch.ops, namespace), full, None)
                 if op is not None and op not in counter.flop_registry:
                     counter.register_flop_formula(op, get_raw=True)(_flops(formula))

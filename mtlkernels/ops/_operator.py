@@ -68,7 +68,7 @@ class Operator:
         self._eager: dict[str, Callable] = {}
         self._function: dict[str, type[torch.autograd.Function]] = {}
         self._functional: dict[str, Callable[..., Tensor]] = {}
-        self.kernel: Callable[..., tuple[Tensor, ...]]  # of the C++ library, for goes_straight
+        self.kernel: Callable[..., Tensor]  # of the C++ library, for goes_straight; its first output
         self.differentiable: Callable[..., Tensor]
         backend.register(name, predicates)
         if _library.loaded():
@@ -165,7 +165,9 @@ class Operator:
         self._forward[which], self._eager[which], self._function[which] = forward, kernel, Eager
         if which == "native":
             # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
-            self.kernel, self.differentiable = kernel, super(torch.autograd.Function, Eager).apply
+            self.differentiable = super(torch.autograd.Function, Eager).apply
+            only = getattr(ops, f"{self.name}_only", None)
+            self.kernel = (lambda *args: kernel(*args)[0]) if only is None else getattr(only.default, "_op", only.default)
 
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this

@@ -49,7 +49,7 @@ def expert_linear(
                 grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
                 if grad and torch.is_grad_enabled():
                     return OPERATOR.differentiable(x, weight, bias, counts, name, name in _plain.NEED_INPUT)
-                return OPERATOR.kernel(x, weight, bias, counts, name, False)[0]
+                return OPERATOR.kernel(x, weight, bias, counts, name, False)
         except Exception as error:
             refused = error
         if refused is not None:

@@ -126,7 +126,7 @@ def _run(
             if here and (mask is None or mask.is_cpu):
                 if grad and torch.is_grad_enabled():
                     return OPERATOR.differentiable(experts, logits, static, mask, columns, counts)
-                return OPERATOR.kernel(experts, logits, static, mask, columns, counts)[0]
+                return OPERATOR.kernel(experts, logits, static, mask, columns, counts)
         except Exception as error:
             refused = error
         if refused is not None:
