@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   define_forward(m, "mix",
                  "(Tensor experts, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns, int[]? native)"
                  " -> (Tensor, Tensor)");
+  // The first output alone, for eager calls without a gradient: a second one costs them a microsecond.
+  m.def(
+      "mix_only(Tensor experts, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns, int[]? native)"
+      " -> Tensor");
   // needs: bit 1 dexperts, 2 dlogits, 4 dstatic.
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"

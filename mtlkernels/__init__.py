@@ -1,5 +1,6 @@
 """Fused kernels for multi-task networks: batched experts and expert mixing as torch operators."""
 
+from . import costs
 from ._library import build_info, empty_cache
 from .backend import use_backend
 from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
@@ -17,3 +18,5 @@ __all__ = [
     "mix",
     "use_backend",
 ]
+
+costs.register()

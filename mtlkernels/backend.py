@@ -4,7 +4,6 @@ Each operator has, for every backend, a pure predicate over the call's :class:`C
 that can, in the operator's order; an explicit choice that cannot run raises with the predicate's reason.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,18 @@ from typing import NamedTuple
 import torch
 
 from . import _library
+from . import triton as _triton  # its names and tables: the kernels are imported when first needed
 
 BACKENDS = ("native", "triton", "reference")
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call that a backend may decide on; 0 for those that the operator does not have."""
+
+    experts: int = 0  # E
+    tasks: int = 0  # T: output rows
+    features: int = 0  # K: input width
+    width: int = 0  # D, or N: output width
 
 
 class Case(NamedTuple):
@@ -23,6 +32,7 @@ class Case(NamedTuple):
     device: str  # torch device type
     dtype: torch.dtype  # of the activations
     arch: int = 0  # compute capability of the GPU, 90 for an H200; 0 on a CPU
+    sizes: Sizes | None = None  # None where the operator's predicates do not ask for them
 
 
 class Support(NamedTuple):
@@ -36,7 +46,7 @@ Predicate = Callable[[Case], Support]
 
 _default = os.environ.get("MTLKERNELS_BACKEND", "auto")
 _predicates: dict[str, dict[str, Predicate]] = {}
-_chosen: dict[tuple[str, str, torch.device, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, torch.device, torch.dtype, Sizes | None], str] = {}
 _CPU = torch.device("cpu")
 
 
@@ -69,29 +79,37 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
-def choose(op: str, backend: str | None, tensor: torch.Tensor) -> str:
-    """The backend that runs `op` for tensors like this one. Raises ValueError if the one asked for cannot."""
+def choose(op: str, backend: str | None, tensor: torch.Tensor, sizes: Sizes | None = None) -> str:
+    """The backend that runs `op` for tensors like this one. Raises ValueError if the one asked for cannot.
+
+    Every new value of `sizes` is decided anew: give them only where a predicate of `op` looks at them.
+    """
     name = _default if backend is None else backend
-    return _lookup(op, name, _CPU if tensor.is_cpu else tensor.device, tensor.dtype)
+    return _lookup(op, name, _CPU if tensor.is_cpu else tensor.device, tensor.dtype, sizes)
+
+
+def chosen_for_cpu(op: str, backend: str | None, dtype: torch.dtype) -> str | None:
+    """What `choose` has answered before, for a tensor of this dtype on the CPU; None if it has not been asked."""
+    return _chosen.get((op, _default if backend is None else backend, _CPU, dtype, None))
 
 
 # A constant to torch.compile: if it traced into this, its guards would watch the dictionary, and every entry recompile.
 @torch.compiler.assume_constant_result
-def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    key = (op, name, device, dtype)
+def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str:
+    key = (op, name, device, dtype, sizes)
     found = _chosen.get(key)
     if found is None:
-        found = _decide(op, name, _case(device, dtype))
+        found = _decide(op, name, _case(device, dtype, sizes))
         _chosen[key] = found
     return found
 
 
-def _case(device: torch.device, dtype: torch.dtype) -> Case:
+def _case(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Case:
     arch = 0
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
-    return Case(device.type, dtype, arch)
+    return Case(device.type, dtype, arch, sizes)
 
 
 def _decide(op: str, name: str, case: Case) -> str:
@@ -107,9 +125,9 @@ def _decide(op: str, name: str, case: Case) -> str:
     return next(b for b in serving if predicates[b](case).ok)
 
 
-def describe(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def describe(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> str:
     """One line a backend: which one runs the call, and why each other one would not or stands behind."""
-    case = _case(device, dtype)
+    case = _case(device, dtype, sizes)
     asked = _default if backend is None else backend
     chosen = _decide(op, asked, case)
     what = f"{op} on {case.device}, {str(dtype).removeprefix('torch.')}"
@@ -144,15 +162,10 @@ def native_support(op: str, on_gpu: bool) -> Predicate:
 
 def triton_support(case: Case) -> Support:
     """The predicate of the Triton kernels."""
-    if importlib.util.find_spec("triton") is None:
-        return Support(False, "the package triton is not installed")
-    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Support(False, f"no Triton kernel for {case.dtype}")
-    if case.device == "cuda":
-        return Support(True, "Triton kernel")
-    if case.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return Support(True, "Triton kernel in the interpreter, for tests only")
-    return Support(False, "Triton runs on a GPU (or, for tests, with TRITON_INTERPRET=1)")
+    ok, reason = _triton.available()
+    if not ok:
+        return Support(ok, reason)
+    return Support(*_triton.supports(case.device, case.dtype, os.environ.get("TRITON_INTERPRET") == "1"))
 
 
 def reference_support(case: Case) -> Support:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mtlkernels as mtl
-from mtlkernels import _library, backend
+from mtlkernels import _library, backend, triton
+from mtlkernels.ops._operator import Operator
 
 native_only = pytest.mark.skipif(not _library.loaded(), reason=_library.reason() or "loaded")
 X, W = torch.randn(3, 4), torch.randn(2, 5, 4)
@@ -42,6 +43,7 @@ def ran(monkeypatch):
     from mtlkernels.ops import _operator
 
     monkeypatch.setattr(_operator.Operator, "__call__", spy)
+    monkeypatch.setattr(_operator.Operator, "goes_straight", lambda *_: False)
     return seen
 
 
@@ -87,7 +89,7 @@ def test_unknown_names_are_refused():
 @each_call
 def test_one_that_cannot_run_says_why(name):
     beneath = "expert_linear" if name == "expert_linear" else "mix"
-    message = f"backend 'triton' cannot run {beneath} here: .*(not installed|runs on a GPU)"
+    message = f"backend 'triton' cannot run {beneath} here: .*(not installed|need a GPU)"
     with pytest.raises(ValueError, match=message):
         call(name, backend="triton")
     with mtl.use_backend("triton"), pytest.raises(ValueError, match=message):
@@ -138,6 +140,38 @@ def test_explain_refuses():
     for args in ((), (3,)):
         with pytest.raises(TypeError, match="first argument of mix must be a tensor"):
             mtl.explain("mix", *args)
+
+
+def test_choice_by_size(monkeypatch):
+    """An operator whose predicates look at sizes is decided for each of them, and explain shows the same."""
+
+    def small(case):
+        ok = case.sizes.experts * case.sizes.width <= 64
+        return backend.Support(ok, f"{case.sizes.experts} experts, {case.sizes.width} wide")
+
+    predicates = {"native": small, "reference": backend.reference_support}
+    monkeypatch.setitem(backend._predicates, "mix", predicates)
+    for experts, width, wanted in ((4, 16, "native"), (4, 17, "reference"), (4, 16, "native"), (65, 1, "reference")):
+        assert backend.choose("mix", None, H, backend.Sizes(experts=experts, width=width)) == wanted
+    with pytest.raises(ValueError, match="'native' cannot run mix here: 5 experts, 40 wide"):
+        backend.choose("mix", "native", H, backend.Sizes(5, 2, 3, 40))
+    assert len(backend._chosen) == 3
+
+    def sizes(experts, **_):
+        return backend.Sizes(experts.shape[1], width=experts.shape[2])
+
+    monkeypatch.setattr(Operator.all["mix"], "sizes", staticmethod(sizes))
+    assert mtl.explain("gated_mix", H, L).splitlines()[0].endswith("native")
+    wide = mtl.explain("mix", torch.zeros(2, 65, 1))
+    assert wide.splitlines()[0].endswith("reference") and "cannot run: 65 experts, 1 wide" in wide
+
+
+def test_triton_says_one_thing():
+    """The choice and the launchers ask the same function."""
+    for device in ("cpu", "cuda", "xpu"):
+        for dtype in (torch.float64, torch.float32, torch.int8):
+            ok, reason = backend.triton_support(backend.Case(device, dtype))
+            assert not triton.available()[0] or (ok, reason) == triton.supports(device, dtype, False)
 
 
 def test_other_dtypes():

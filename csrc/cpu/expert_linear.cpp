@@ -31,7 +31,7 @@ Problem linear_problem(const Tensor& x, const Tensor& weight,
   STD_TORCH_CHECK(int64_t(counts.size()) == p.inputs, "experts_per_unit must have one count for each of x's units");
   int64_t first = 0;
   for (int64_t u = 0; u < p.inputs; ++u) {
-    STD_TORCH_CHECK(counts[u] >= 0, "experts_per_unit must not be negative");
+    STD_TORCH_CHECK(counts[u] >= 0 && counts[u] <= p.experts, "experts_per_unit must be counts of experts");
     p.units.push_back({u, first, counts[u] * p.outputs, 0});
     first += counts[u] * p.outputs;
   }
@@ -85,6 +85,9 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
   const Activation activation = activation_from(activation_name);
   const Tensor x = dense_rows(x_in), weight = dense(weight_in);
   Problem p = linear_problem(x, weight, experts_per_unit);
+  STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 2 && bias_in->size(0) == p.experts && bias_in->size(1) == p.outputs &&
+                               bias_in->scalar_type() == weight.scalar_type()),
+                  "bias must be [E,N] in weight's dtype");
   const PackKernels &pack = pack_kernels(x.scalar_type(), "x"), &pack_w = pack_kernels(weight.scalar_type(), "weight");
   const bool with_z = save && needs_input(activation);
   Tensor y = allocate({p.batch, p.experts, p.outputs}, x.scalar_type());
@@ -103,8 +106,6 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
   const auto bias_at = [&](const Unit& u) { return biases + (u.first + u.input * p.tile_cols) * p.packed_size; };
   if (bias_in) {
     const Tensor bias = dense(*bias_in);
-    STD_TORCH_CHECK(bias.numel() == p.columns() && bias.scalar_type() == weight.scalar_type(),
-                    "bias must be [E,N] in weight's dtype");
     for (const Unit& u : p.units) {
       pack_w.widen(static_cast<const char*>(bias.const_data_ptr()) + u.first * w_element, bias_at(u), u.cols);
       std::fill_n(bias_at(u) + u.cols * p.packed_size, p.tile_cols * p.packed_size, char{0});

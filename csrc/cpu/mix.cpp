@@ -28,43 +28,72 @@ struct Call {
   MixPlan plan;
   std::vector<int64_t> fixed_at;  // index into static of each route's weight; -1: none, -2: the constant 1
   bool has_fixed = false;
-  Tensor experts, logits, fixed, channels;
+  Tensor experts;
+  OptionalTensor logits, channels;  // an empty Tensor costs three allocations, an empty optional none
+  std::vector<char> fixed;
   MixArgs args{};
   int64_t batch;
+  explicit Call(const Tensor& given) : experts(dense_rows(given)), batch(given.size(0)) {}
   double work() const { return double(batch) * plan.rows * plan.experts * plan.width; }
 };
 
-int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
-                     const OptionalTensor& columns) {
-  if (columns) return columns->size(0);
-  if (logits) return logits->size(1);
-  if (mask) return mask->size(0);
-  STD_TORCH_CHECK(fixed, "give logits, static, or both");
+// Raises what does not fit, so that whoever calls the op need check nothing before; returns the output rows T.
+int64_t rows_of_call(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+                     const OptionalTensor& mask, const OptionalTensor& columns, const Native& native) {
+  STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
+  const int64_t batch = experts.size(0), num_experts = experts.size(1);
+  for (const OptionalTensor* table : {&mask, &columns})
+    STD_TORCH_CHECK(!*table || ((*table)->dim() == 2 && (*table)->size(1) == num_experts),
+                    "mask and columns must be [T,E]");
+  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
+  if (logits) {
+    const bool fits = columns ? logits->dim() == 2 : logits->dim() == 3 && logits->size(2) == num_experts;
+    STD_TORCH_CHECK(fits && logits->size(0) == batch, "logits must be [B,T,E], or [B,R] with columns");
+  }
+  const bool by_channel = fixed && fixed->dim() == 3;
+  if (by_channel) {
+    const bool alone = !logits && !mask && !columns && !native;
+    STD_TORCH_CHECK(alone && fixed->size(1) == num_experts && fixed->size(2) == experts.size(2),
+                    "static [T,E,D] must fit experts, and goes with nothing else");
+  } else if (fixed) {
+    const bool fits = columns || native ? fixed->dim() == 1 : fixed->dim() == 2 && fixed->size(1) == num_experts;
+    STD_TORCH_CHECK(fits, "static must be [T,E], packed [R] with columns, or a weight a native expert");
+  }
+  if (fixed) storage_of(fixed->scalar_type(), "static");
+  const int64_t rows = columns ? columns->size(0) : logits ? logits->size(1) : mask ? mask->size(0) : 0;
+  if (columns || logits || mask) {
+    STD_TORCH_CHECK(!mask || mask->size(0) == rows, "mask must be [T,E]");
+    STD_TORCH_CHECK(!fixed || fixed->dim() != 2 || fixed->size(0) == rows, "static must be [T,E]");
+    return rows;
+  }
+  STD_TORCH_CHECK(fixed && !native, "give logits, static, or both; native goes with logits");
   return fixed->size(0);
 }
 
-void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& columns, const Native& native,
-                 bool with_static) {
+void plan_routes(Call& call, const OptionalTensor& fixed, const OptionalTensor& mask, const OptionalTensor& columns,
+                 const Native& native) {
+  const bool with_static = fixed.has_value();
   MixPlan& plan = call.plan;
-  const Tensor mask_dense = mask ? dense(*mask) : Tensor();
-  const Tensor columns_dense = columns ? dense(*columns) : Tensor();
-  const bool* may = mask ? data<bool>(mask_dense) : nullptr;
-  const int32_t* column = columns ? data<int32_t>(columns_dense) : nullptr;
+  OptionalTensor mask_dense, columns_dense;
+  if (mask) mask_dense = dense(*mask);
+  if (columns) columns_dense = dense(*columns);
+  const bool* may = mask ? data<bool>(*mask_dense) : nullptr;
+  const int32_t* column = columns ? data<int32_t>(*columns_dense) : nullptr;
   plan.dense = !may && !column;
-  for (const OptionalTensor* table : {&mask, &columns})
-    STD_TORCH_CHECK(
-        !*table || ((*table)->dim() == 2 && (*table)->size(0) == plan.rows && (*table)->size(1) == plan.experts),
-        "mask and columns must be [T,E]");
-  STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-  STD_TORCH_CHECK(!columns || columns->scalar_type() == ScalarType::Int, "columns must be int32");
   std::vector<int64_t> first_native;  // of each row: its unit's first expert
   if (native) {
     first_native.push_back(0);
-    for (int64_t n : *native) first_native.push_back(first_native.back() + n);
+    for (int64_t n : *native) {
+      STD_TORCH_CHECK(n >= 0 && n <= plan.experts, "native must count experts");
+      first_native.push_back(first_native.back() + n);
+    }
     STD_TORCH_CHECK(int64_t(native->size()) >= plan.rows && first_native.back() == plan.experts,
                     "native must count the experts of at least T units and sum to E");
   }
   plan.uses.index.reserve(plan.rows * plan.experts);
+  plan.column.reserve(plan.rows * plan.experts);
+  call.fixed_at.reserve(plan.rows * plan.experts);
   for (int64_t t = 0; t < plan.rows; ++t) {
     for (int64_t e = 0; e < plan.experts; ++e) {
       const int64_t at = t * plan.experts + e;
@@ -81,23 +110,33 @@ void plan_routes(Call& call, const OptionalTensor& mask, const OptionalTensor& c
     }
     plan.uses.close_row(plan.dense);
   }
+  if (columns && !mask) {
+    const int64_t routes = int64_t(plan.uses.index.size());
+    STD_TORCH_CHECK(!plan.softmax || plan.logit_cols == routes, "logits must be [B,R], R the routes of columns");
+    STD_TORCH_CHECK(!with_static || fixed->numel() == routes, "static must be [R], R the routes of columns");
+  }
+  if (native && with_static)
+    STD_TORCH_CHECK(fixed->numel() == first_native[plan.rows], "static must have a weight for each native expert");
 }
 
-// The routes ordered by expert.
+// The routes ordered by expert, and by row among one expert's.
 void plan_users(MixPlan& plan) {
-  std::vector<std::vector<int32_t>> routes_of(plan.experts);
-  std::vector<int32_t> row_of(plan.uses.index.size());
+  const int64_t routes = int64_t(plan.uses.index.size());
+  std::vector<int64_t> next(plan.experts + 1, 0);  // where the next route of each expert goes
+  for (int32_t e : plan.uses.index) ++next[e + 1];
+  for (int64_t e = 0; e < plan.experts; ++e) next[e + 1] += next[e];
+  std::vector<int32_t> row_of(routes);
+  plan.route.resize(routes);
   for (int64_t t = 0; t < plan.uses.rows(); ++t) {
     for (int64_t r = plan.uses.begin[t]; r < plan.uses.begin[t + 1]; ++r) {
-      routes_of[plan.uses.index[r]].push_back(int32_t(r));
-      row_of[r] = int32_t(t);
+      const int64_t at = next[plan.uses.index[r]]++;
+      plan.route[at] = int32_t(r), row_of[at] = int32_t(t);
     }
   }
-  for (const std::vector<int32_t>& routes : routes_of) {
-    for (int32_t r : routes) {
-      plan.users.index.push_back(row_of[r]);
-      plan.route.push_back(r);
-    }
+  plan.users.index.reserve(routes);
+  int64_t at = 0;
+  for (int64_t e = 0; e < plan.experts; ++e) {
+    for (; at < next[e]; ++at) plan.users.index.push_back(row_of[at]);  // next[e] is where e's routes end by now
     plan.users.close_row(plan.dense);
   }
 }
@@ -105,61 +144,56 @@ void plan_users(MixPlan& plan) {
 // Copies static weights to the type of sums: a weight a route, or the channel weights as they lie.
 template <class C>
 void take_static(Call& call, const OptionalTensor& fixed) {
-  const Tensor from = fixed ? dense(*fixed) : Tensor();
+  OptionalTensor from;
+  if (fixed) from = dense(*fixed);
   const auto value = [&](int64_t i) {
     C v{};
-    with_type(from.scalar_type(), "static", [&](auto s) { v = static_cast<C>(data<decltype(s)>(from)[i]); });
+    with_type(from->scalar_type(), "static", [&](auto s) { v = static_cast<C>(data<decltype(s)>(*from)[i]); });
     return v;
   };
   if (call.plan.by_channel) {
     call.channels = allocate({fixed->numel()}, sum_type(call.experts));
-    for (int64_t i = 0; i < fixed->numel(); ++i) mutable_data<C>(call.channels)[i] = value(i);
-    call.args.channels = call.channels.const_data_ptr();
+    for (int64_t i = 0; i < fixed->numel(); ++i) mutable_data<C>(*call.channels)[i] = value(i);
+    call.args.channels = call.channels->const_data_ptr();
     return;
   }
   if (!call.has_fixed) return;
   const int64_t routes = int64_t(call.fixed_at.size());
-  call.fixed = allocate({routes}, sum_type(call.experts));
+  call.fixed.resize(routes * sizeof(C));
+  C* to = reinterpret_cast<C*>(call.fixed.data());
   for (int64_t r = 0; r < routes; ++r) {
     const int64_t at = call.fixed_at[r];
-    mutable_data<C>(call.fixed)[r] = at == -1 ? C{0} : at == -2 ? C{1} : value(at);
+    to[r] = at == -1 ? C{0} : at == -2 ? C{1} : value(at);
   }
-  call.args.fixed = call.fixed.const_data_ptr();
+  call.args.fixed = to;
 }
 
 Call prepare(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
              const OptionalTensor& mask, const OptionalTensor& columns, const Native& native) {
-  Call call;
-  STD_TORCH_CHECK(experts.dim() == 3, "experts must be [B,E,D]");
-  call.experts = dense_rows(experts);
-  call.batch = experts.size(0);
+  const int64_t rows = rows_of_call(experts, logits, fixed, mask, columns, native);
+  Call call(experts);
   MixPlan& plan = call.plan;
   plan.experts = experts.size(1), plan.width = experts.size(2);
-  plan.rows = rows_of_call(logits, fixed, mask, columns);
+  plan.rows = rows;
   plan.softmax = logits.has_value();
   call.plan.by_channel = fixed && fixed->dim() == 3;
   call.has_fixed = (fixed && !call.plan.by_channel) || native;
   if (logits) {
     call.logits = dense(*logits);
-    STD_TORCH_CHECK(logits->size(0) == call.batch, "logits must have experts' batch size");
     plan.logit_cols = columns ? logits->size(1) : plan.rows * plan.experts;
-    STD_TORCH_CHECK(logits->numel() == call.batch * plan.logit_cols, "logits must be [B,T,E], or [B,R] with columns");
-    call.args.logits = call.logits.const_data_ptr();
-    call.args.logits_type = storage_of(call.logits.scalar_type(), "logits");
+    call.args.logits = call.logits->const_data_ptr();
+    call.args.logits_type = storage_of(logits->scalar_type(), "logits");
   } else {
     plan.logit_cols = 0;
   }
   if (call.plan.by_channel)
     plan.dense = false;
   else
-    plan_routes(call, mask, columns, native, fixed.has_value());
+    plan_routes(call, fixed, mask, columns, native);
   if (fixed) {
     int64_t largest = -1;
     for (int64_t at : call.fixed_at) largest = std::max(largest, at);
     STD_TORCH_CHECK(largest < fixed->numel(), "static has too few entries");
-    STD_TORCH_CHECK(
-        !call.plan.by_channel || (fixed->size(1) == plan.experts && fixed->size(2) == plan.width && !logits),
-        "static [T,E,D] must fit experts, and goes without logits");
   }
   if (sum_type(experts) == ScalarType::Double)
     take_static<double>(call, fixed);
@@ -171,20 +205,31 @@ Call prepare(const Tensor& experts, const OptionalTensor& logits, const Optional
   return call;
 }
 
-std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
-                               const OptionalTensor& mask, const OptionalTensor& columns, Native native) {
-  Call call = prepare(experts, logits, fixed, mask, columns, native);
+Tensor run_forward(Call& call, void* lse) {
   call.args.plan = &call.plan;
-  const MixKernels& kernel = kernels(experts);
-  Tensor out = allocate({call.batch, call.plan.rows, call.plan.width}, experts.scalar_type());
-  Tensor lse = logits ? allocate({call.batch, call.plan.rows}, sum_type(experts)) : allocate({0}, sum_type(experts));
+  const MixKernels& kernel = kernels(call.experts);
+  Tensor out = allocate({call.batch, call.plan.rows, call.plan.width}, call.experts.scalar_type());
   call.args.stream = out.numel() * out.element_size() >= kStreamBytes;
-  call.args.out = out.mutable_data_ptr(), call.args.lse = lse.mutable_data_ptr();
+  call.args.out = out.mutable_data_ptr(), call.args.lse = lse;
   const size_t bytes = kernel.scratch_bytes(call.plan);
   run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i) {
     kernel.forward(call.args, i * kRows, std::min(call.batch, (i + 1) * kRows), scratch(1, bytes));
   });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> mix(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+                               const OptionalTensor& mask, const OptionalTensor& columns, Native native) {
+  Call call = prepare(experts, logits, fixed, mask, columns, native);
+  Tensor lse = logits ? allocate({call.batch, call.plan.rows}, sum_type(experts)) : allocate({0}, sum_type(experts));
+  Tensor out = run_forward(call, logits ? lse.mutable_data_ptr() : nullptr);
   return {out, lse};
+}
+
+Tensor mix_only(const Tensor& experts, const OptionalTensor& logits, const OptionalTensor& fixed,
+                const OptionalTensor& mask, const OptionalTensor& columns, Native native) {
+  Call call = prepare(experts, logits, fixed, mask, columns, native);
+  return run_forward(call, nullptr);
 }
 
 // static's gradient from the blocks' partial sums, added up in order and in double.
@@ -241,13 +286,14 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
   STD_TORCH_CHECK(
       !with_lse || (grad_lse->numel() == call.batch * call.plan.rows && grad_lse->scalar_type() == sum_type(experts)),
       "grad_lse must be [B,T] in the type of sums");
-  const Tensor dlse = with_lse ? dense(*grad_lse) : Tensor();
+  OptionalTensor dlse;
+  if (with_lse) dlse = dense(*grad_lse);
   Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
                               : allocate({0}, experts.scalar_type());
   const bool with_logits = (needs & 2) && logits, with_static = (needs & 4) && fixed;
   Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
   call.args.grad = grad.const_data_ptr();
-  call.args.grad_lse = with_lse ? dlse.const_data_ptr() : nullptr;
+  call.args.grad_lse = with_lse ? dlse->const_data_ptr() : nullptr;
   call.args.stream = dexperts.numel() * dexperts.element_size() >= kStreamBytes;
   call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
   call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;
@@ -261,6 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("mix", TORCH_BOX(&mix));
   m.impl("mix_eager", TORCH_BOX(&mix));
+  m.impl("mix_only", TORCH_BOX(&mix_only));
   m.impl("mix_backward", TORCH_BOX(&mix_backward));
 }
 

@@ -52,7 +52,7 @@ struct MixArgs {
   const void* fixed;     // static weight of each route, in the type of sums; may be null
   const void* channels;  // [T,E,D] weights in the type of sums, in place of all others; may be null
   void* out;             // [B,T,D]
-  void* lse;             // [B,T] in the type of sums
+  void* lse;             // [B,T] in the type of sums, or null
   bool stream;           // the outputs are too large to be found in a cache by whoever reads them next
   // Backward only.
   const void* grad;  // [B,T,D]

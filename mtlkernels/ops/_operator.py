@@ -10,15 +10,17 @@ out when no gradient is wanted.
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _library, backend
+from ._functional import Grads, functional, register_vmap
 
-Grads = tuple[Tensor | None, ...]
+# Other types, FakeTensor and DTensor among them, take the long way.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Operator:
@@ -31,7 +33,16 @@ class Operator:
                `keep` gave, and the gradient of an output that nothing used is None.
     reference  the plain torch form, with the forward op's arguments and outputs.
     predicates which backend can run, in the order of ``auto``.
+    remember   (eager_op) -> the forward of an autograd.Function over it: `keep` spelled out, for speed. Optional.
+
+    For :func:`mtlkernels.explain`:
+
+    public     the functions that call it, where their names are not its own.
+    autocast   whether it follows autocast, which takes a float32 first argument to 16 bit.
+    sizes      from the arguments of a public function, by name, the sizes that its predicates look at, if they do.
     """
+
+    all: ClassVar[dict[str, "Operator"]] = {}
 
     def __init__(
         self,
@@ -44,12 +55,21 @@ class Operator:
         gradients: Callable[..., Grads],
         reference: Callable[..., tuple[Tensor, ...]],
         predicates: dict[str, backend.Predicate],
+        remember: Callable[[Callable], Callable[..., Tensor]] | None = None,
+        public: tuple[str, ...] = (),
+        autocast: bool = False,
+        sizes: Callable[..., backend.Sizes] | None = None,
     ) -> None:
         self.name, self.num_tensors, self.reference = name, num_tensors, reference
-        self._keep, self._gradients = keep, gradients
+        self.public, self.autocast, self.sizes = public or (name,), autocast, sizes
+        self.all[name] = self
+        self._keep, self._gradients, self._remember = keep, gradients, remember
         self._forward: dict[str, Callable] = {}
         self._eager: dict[str, Callable] = {}
         self._function: dict[str, type[torch.autograd.Function]] = {}
+        self._functional: dict[str, Callable[..., Tensor]] = {}
+        self.kernel: Callable[..., Tensor]  # of the C++ library, for goes_straight; its first output
+        self.differentiable: Callable[..., Tensor]
         backend.register(name, predicates)
         if _library.loaded():
             self._add("native", torch.ops.mtlkernels, fakes)
@@ -60,19 +80,42 @@ class Operator:
     def __call__(self, which: str, wants_grad: bool, *args: Any) -> Tensor:
         """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient."""
         if torch.compiler.is_compiling():
-            return self.reference(*args)[0] if which == "reference" else self._forward[which](*args)[0]
+            # Nor does the compiler know operators' rules for torch.func's transforms; it has the plain form's.
+            plain = which == "reference" or torch._C._are_functorch_transforms_active()
+            return self.reference(*args)[0] if plain else self._forward[which](*args)[0]
         # The kernels know no tangents: where forward-mode derivatives are being taken, they would be lost silently.
-        if which == "reference" or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if which == "reference" or forward_ad._current_level >= 0:
             return self.reference(*args)[0]
+        if torch._C._are_functorch_transforms_active():
+            return self._functional[which](*args)
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)
         return self._eager[which](*args)[0]
+
+    def goes_straight(self, tensor: Any, which: str | None) -> bool:
+        """Whether a call on `tensor`, its first one, may go to the CPU's C++ kernel at once: to `kernel`, or with a
+        gradient to `differentiable`.
+
+        Plain tensors may, outside of autocast and of transforms (and of the compiler, which is for the caller to see),
+        once the kernel has been chosen for one like this. It checks its arguments itself, except that all are on the
+        CPU; so the public function's checks, a quarter of a small call, need to run only where it refused.
+        """
+        return (
+            type(tensor) in _PLAIN
+            and tensor.is_cpu
+            and not torch._C._is_any_autocast_enabled()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+            and backend.chosen_for_cpu(self.name, which, tensor.dtype) == "native"
+        )
 
     def _add(self, which: str, ops: Any, fakes: tuple[Callable, Callable]) -> None:
         forward, eager, backward = (getattr(ops, self.name + suffix).default for suffix in ("", "_eager", "_backward"))
         for op, fake in zip((forward, eager, backward), (fakes[0], *fakes), strict=True):
             torch.library.register_fake(op._name.removesuffix(".default"), fake)
+            register_vmap(op)
         num_tensors, keep, gradients, reference = self.num_tensors, self._keep, self._gradients, self.reference
+        num_outputs = len(forward._schema.returns)
 
         def save(ctx: Any, inputs: tuple, output: tuple) -> None:
             ctx.set_materialize_grads(False)
@@ -87,19 +130,23 @@ class Operator:
 
         torch.library.register_autograd(forward._name.removesuffix(".default"), differentiate, setup_context=save)
 
+        def remember(ctx: Any, *args: Any) -> Tensor:
+            # The first output alone goes back: every further one costs another microsecond.
+            out = kernel(*args)
+            ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
+            ctx.values = args[num_tensors:]
+            return out[0]
+
+        kernel = getattr(eager, "_op", eager)  # what calling it calls: a Python frame less
+
         class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Tensor:
-                # The first output alone goes back: every further one costs another microsecond.
-                out = eager(*args)
-                ctx.save_for_backward(*args[:num_tensors], *keep(args, out))
-                ctx.values, ctx.outputs = args[num_tensors:], len(out)
-                return out[0]
+            forward = staticmethod(self._remember(kernel) if self._remember else remember)
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Grads:
-                grads = (grad, *(None,) * (ctx.outputs - 1))
-                if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                grads = (grad, *(None,) * (num_outputs - 1))
+                # What the kernel does not know: gradients of gradients, and their tangents.
+                if torch.is_grad_enabled() or forward_ad._current_level >= 0:
                     found = _plain_gradients(
                         reference,
                         ctx.saved_tensors[:num_tensors],
@@ -110,8 +157,17 @@ class Operator:
                     return (*found, *(None for _ in ctx.values))
                 return differentiate(ctx, *grads)
 
+        def first_order(args: tuple, kept: tuple, needs: tuple, grad: Tensor) -> Grads:
+            return gradients(backward, args, kept, needs, (grad, *(None,) * (num_outputs - 1)))
+
+        self._functional[which] = functional(eager, first_order, reference, keep, num_tensors)
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
-        self._forward[which], self._eager[which], self._function[which] = forward, eager, Eager
+        self._forward[which], self._eager[which], self._function[which] = forward, kernel, Eager
+        if which == "native":
+            # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
+            self.differentiable = super(torch.autograd.Function, Eager).apply
+            only = getattr(ops, f"{self.name}_only", None)
+            self.kernel = (lambda *args: kernel(*args)[0]) if only is None else getattr(only.default, "_op", only.default)
 
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this

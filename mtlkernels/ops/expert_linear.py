@@ -1,6 +1,6 @@
 """expert_linear: a bank of linear layers as one batched GEMM, bias and activation in its epilogue."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from ..reference import expert_linear as _plain
 from ._operator import Grads, Operator
 
 ACTIVATIONS = tuple(name for name in _plain.ACTIVATIONS if name)
-# Their derivative needs the value before the activation; the others' follows from the output.
-_NEED_INPUT = ("gelu", "silu")
+_NAMES = {None: "", **{name: name for name in ACTIVATIONS}}
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,13 +41,30 @@ def expert_linear(
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit; the message names it.
     """
+    if not torch.compiler.is_compiling() and OPERATOR.goes_straight(x, backend):
+        refused = None
+        try:
+            if weight.is_cpu and weight.dtype == x.dtype and (bias is None or bias.is_cpu):
+                counts, name = None if experts_per_unit is None else list(experts_per_unit), _NAMES[activation]
+                grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+                if grad and torch.is_grad_enabled():
+                    return OPERATOR.differentiable(x, weight, bias, counts, name, name in _plain.NEED_INPUT)
+                return OPERATOR.kernel(x, weight, bias, counts, name, False)
+        except Exception as error:
+            refused = error
+        if refused is not None:
+            try:
+                _check(x, weight, bias, experts_per_unit, activation)
+                raise refused
+            finally:
+                del refused  # its traceback holds this frame
     if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
         x = _autocast(x)
     counts = _check(x, weight, bias, experts_per_unit, activation)
     name = activation or ""
     grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     which = _backend.choose("expert_linear", backend, x)
-    save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
+    save = grad and name in _plain.NEED_INPUT and torch.is_grad_enabled()
     return OPERATOR(which, grad, x, weight, bias, counts, name, save)
 
 
@@ -120,7 +136,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, experts_per_unit: list[int] | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0], weight.shape[1])
-    return y, torch.empty_like(y) if save and activation in _NEED_INPUT else x.new_empty(0)
+    return y, torch.empty_like(y) if save and activation in _plain.NEED_INPUT else x.new_empty(0)
 
 
 def _backward_fake(
@@ -137,6 +153,16 @@ def _backward_fake(
         weight.new_empty(weight.shape if needs & 2 else (0,)),
         weight.new_empty(weight.shape[:2] if needs & 4 else (0,)),
     )
+
+
+def _remember(kernel: Callable) -> Callable[..., Tensor]:
+    def forward(ctx, x, weight, bias, counts, activation, save) -> Tensor:
+        y, z = kernel(x, weight, bias, counts, activation, save)
+        ctx.save_for_backward(x, weight, bias, z if save else y)
+        ctx.values = counts, activation, save
+        return y
+
+    return forward
 
 
 def _keep(args: tuple, outputs: tuple) -> tuple[Tensor]:
@@ -174,4 +200,6 @@ OPERATOR = Operator(
         "triton": _backend.triton_support,
         "reference": _backend.reference_support,
     },
+    remember=_remember,
+    autocast=True,
 )

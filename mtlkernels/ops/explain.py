@@ -1,20 +1,14 @@
 """explain: which backend would run a call."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend as _backend
-
-# The dispatcher op behind each public function.
-_BENEATH = {
-    "expert_linear": "expert_linear",
-    "mix": "mix",
-    "gated_mix": "mix",
-    "adatt_mix": "mix",
-    "linear_mix": "mix",
-}
+from .. import ops as _ops
+from ._operator import Operator
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
@@ -22,12 +16,17 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
     The call itself is not run. Raises ValueError for an unknown operator, TypeError without a tensor argument.
     """
-    if op not in _BENEATH:
-        raise ValueError(f"op must be one of {', '.join(_BENEATH)}; got {op!r}")
-    first = args[0] if args else kwargs.get("x" if op == "expert_linear" else "experts")
+    beneath = {name: operator for operator in Operator.all.values() for name in operator.public}
+    if op not in beneath:
+        raise ValueError(f"op must be one of {', '.join(beneath)}; got {op!r}")
+    operator = beneath[op]
+    signature = inspect.signature(getattr(_ops, op))
+    given = signature.bind_partial(*args, **kwargs).arguments
+    first = given.get(next(iter(signature.parameters)))
     if not isinstance(first, Tensor):
         raise TypeError(f"explain needs the call's arguments: the first argument of {op} must be a tensor")
     device, dtype = first.device, first.dtype
-    if op == "expert_linear" and dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+    if operator.autocast and dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    return _backend.describe(_BENEATH[op], kwargs.get("backend"), device, dtype)
+    sizes = None if operator.sizes is None else operator.sizes(**given)
+    return _backend.describe(operator.name, given.get("backend"), device, dtype, sizes)

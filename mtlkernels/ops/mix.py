@@ -1,6 +1,6 @@
 """mix: ``O[b,t,:] = sum_e (softmax(logits) + static)[b,t,e] H[b,e,:]``, all tasks in one pass over the experts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,17 +43,12 @@ def mix(
     MMoE (Ma et al., KDD 2018, section 4.2) mixes by logits, cross-stitch (Misra et al., CVPR 2016, eq. 1) by static
     weights, AdaTT (Li et al., KDD 2023, eq. 11) by both.
     """
-    columns = None
     if routes is not None:
         if mask is not None:
             raise ValueError("give mask or routes, not both")
         if not isinstance(routes, Routes):
             raise TypeError(f"routes must be a mtlkernels.Routes; got {type(routes).__name__}")
-        columns = routes.columns
-        if isinstance(experts, Tensor) and columns.device != experts.device:
-            raise ValueError(f"routes is on {columns.device}, experts on {experts.device}: use routes.to(device)")
-    _check(experts, logits, static, mask, routes)
-    return _run(experts, logits, static, mask, columns, None, backend)
+    return _run(experts, logits, static, mask, routes, None, backend)
 
 
 def gated_mix(
@@ -77,8 +72,7 @@ def linear_mix(experts: Tensor, weight: Tensor, *, backend: str | None = None) -
     """
     if weight is None:
         raise TypeError("weight must be a tensor")
-    _check(experts, None, weight, None, None, "weight")
-    return _run(experts, None, weight, None, None, None, backend)
+    return _run(experts, None, weight, None, None, None, backend, "weight")
 
 
 def adatt_mix(
@@ -100,29 +94,75 @@ def adatt_mix(
     """
     if logits is None:
         raise TypeError("logits must be a tensor")
+    return _run(experts, logits, native, mask, None, experts_per_unit, backend, "native")
+
+
+def _run(
+    experts: Tensor,
+    logits: Tensor | None,
+    static: Tensor | None,
+    mask: Tensor | None,
+    routes: Routes | None,
+    units: Sequence[int] | None,
+    backend: str | None,
+    name: str = "static",
+) -> Tensor:
+    """Checks and runs; `name` is what the caller calls static, units are adatt_mix's experts_per_unit."""
+    columns = None if routes is None else routes.columns
+    if not torch.compiler.is_compiling() and OPERATOR.goes_straight(experts, backend):
+        refused = None
+        try:
+            grad = experts.requires_grad
+            here = columns is None or columns.is_cpu
+            if logits is not None:
+                grad, here = grad or logits.requires_grad, here and logits.is_cpu
+            if static is not None:
+                grad, here = grad or static.requires_grad, here and static.is_cpu
+            counts = units
+            if units is not None:
+                counts = list(units)
+                # The op's weights of 1 suit any counts, adatt_mix's do not.
+                here = here and (static is not None or counts.count(1) == len(counts))
+            if here and (mask is None or mask.is_cpu):
+                if grad and torch.is_grad_enabled():
+                    return OPERATOR.differentiable(experts, logits, static, mask, columns, counts)
+                return OPERATOR.kernel(experts, logits, static, mask, columns, counts)
+        except Exception as error:
+            refused = error
+        if refused is not None:
+            try:
+                _check_all(experts, logits, static, mask, routes, units, name)
+                raise refused
+            finally:
+                del refused  # its traceback holds this frame
+    counts = _check_all(experts, logits, static, mask, routes, units, name)
+    grad = experts.requires_grad or (logits is not None and logits.requires_grad)
+    grad = grad or (static is not None and static.requires_grad)
+    which = _backend.choose("mix", backend, experts)
+    return OPERATOR(which, grad, experts, logits, static, mask, columns, counts)
+
+
+def _check_all(experts, logits, static, mask, routes, units, name) -> list[int] | None:
+    """Raises what does not fit; returns units as a list."""
+    if units is None:
+        _check(experts, logits, static, mask, routes, name)
+        return None
     _check(experts, logits, None, mask, None)
-    counts, total = read_counts(experts_per_unit)
+    counts, total = read_counts(units)
     num_rows = logits.shape[1]
     if total != experts.shape[1] or (counts and min(counts) < 0):
         raise ValueError(f"experts_per_unit must be counts that sum to {experts.shape[1]} experts; got {counts}")
     if num_rows > len(counts):
         raise ValueError(f"logits has {num_rows} rows, experts_per_unit only {len(counts)} units: row t is unit t")
-    if native is None:
+    if static is None:
         if any(n != 1 for n in counts[:num_rows]):
             raise ValueError(f"native None needs one expert in each of the first {num_rows} units; got {counts}")
     else:
-        _check_side("native", native, experts)
-        if native.shape != (sum(counts[:num_rows]),):
+        _check_side("native", static, experts)
+        if static.shape != (sum(counts[:num_rows]),):
             raise ValueError(f"native must be [{sum(counts[:num_rows])}], a weight an expert of the first {num_rows} "
-                             f"units; got shape {tuple(native.shape)}")  # fmt: skip
-    return _run(experts, logits, native, mask, None, counts, backend)
-
-
-def _run(experts, logits, static, mask, columns, native, backend) -> Tensor:
-    grad = experts.requires_grad or (logits is not None and logits.requires_grad)
-    grad = grad or (static is not None and static.requires_grad)
-    which = _backend.choose("mix", backend, experts)
-    return OPERATOR(which, grad, experts, logits, static, mask, columns, native)
+                             f"units; got shape {tuple(static.shape)}")  # fmt: skip
+    return counts
 
 
 def _check_side(name: str, tensor: Tensor, experts: Tensor) -> None:
@@ -151,8 +191,12 @@ def _check(
     if experts.dtype not in _FLOATS:
         raise TypeError(f"experts must be float64, float32, bfloat16 or float16; got {experts.dtype}")
     batch, num_experts, width = shape
-    if routes is not None and routes.num_experts != num_experts:
-        raise ValueError(f"routes is over {routes.num_experts} experts, experts [B,E,D] has {num_experts}")
+    if routes is not None:
+        if routes.num_experts != num_experts:
+            raise ValueError(f"routes is over {routes.num_experts} experts, experts [B,E,D] has {num_experts}")
+        if routes.columns.device != experts.device:
+            where = f"routes is on {routes.columns.device}, experts on {experts.device}"
+            raise ValueError(f"{where}: use routes.to(device)")
     rows = None if routes is None else routes.num_rows
     if logits is not None:
         _check_side("logits", logits, experts)
@@ -214,6 +258,16 @@ def _backward_fake(
     return like(experts, 1), like(logits, 2), like(static, 4)
 
 
+def _remember(kernel: Callable) -> Callable[..., Tensor]:
+    def forward(ctx, experts, logits, static, mask, columns, native) -> Tensor:
+        out, lse = kernel(experts, logits, static, mask, columns, native)
+        ctx.save_for_backward(experts, logits, static, mask, columns, lse)
+        ctx.values = (native,)
+        return out
+
+    return forward
+
+
 def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     experts, logits, static, mask, columns, native = args
     grad, grad_lse = grads
@@ -245,4 +299,6 @@ OPERATOR = Operator(
         "triton": _backend.triton_support,
         "reference": _backend.reference_support,
     },
+    remember=_remember,
+    public=("mix", "gated_mix", "adatt_mix", "linear_mix"),
 )

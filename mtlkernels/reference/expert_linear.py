@@ -14,6 +14,8 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+# Their derivative needs the value before the activation; the others' follows from the output.
+NEED_INPUT = ("gelu", "silu")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

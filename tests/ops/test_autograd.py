@@ -2,12 +2,16 @@
 
 import multiprocessing
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from mtlkernels.ops import _functional, _operator
 
 from .cases import (
     FORMS,
@@ -130,6 +134,133 @@ def test_torch_func(name, backend):
     step = 1e-6
     ahead = [call(*(t + s * step for t in plain)) for s in (1, -1)]
     close(along, (ahead[0] - ahead[1]) / (2 * step), 1e-7)
+
+
+class Ran(TorchDispatchMode):
+    """Counts the kernels that run inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mtlkernels":
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_reference(monkeypatch):
+    """The plain form is out of bounds: only the kernels may answer."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the reference ran")
+
+    for name in ("expert_linear", "mix"):
+        op = sys.modules[f"mtlkernels.ops.{name}"].OPERATOR
+        monkeypatch.setattr(op, "reference", refuse)
+    monkeypatch.setattr(_operator, "_plain_gradients", refuse)
+    monkeypatch.setattr(_functional, "pull_back", refuse)
+
+
+def of_func(name, backend, how):
+    """One answer of torch.func or of batched gradients, as a list of tensors."""
+    call, inputs = tiny_call(name, backend), tiny_inputs(name)
+    plain = [t.detach() for t in inputs]
+    argnums = tuple(range(len(plain)))
+
+    def loss(*t):
+        return call(*t).square().sum()
+
+    rows = [torch.stack([t, 2 * t, t.cos()], -1) for t in plain]
+    if how == "is_grads_batched":
+        out = call(*inputs)
+        return torch.autograd.grad(out, inputs, random_grad(torch.stack([out] * 3)), is_grads_batched=True)
+    if how == "vmap over a vjp":
+        out, pull = torch.func.vjp(call, *plain)
+        return torch.func.vmap(pull)(random_grad(torch.stack([out] * 3)))
+    if how == "grad":
+        return torch.func.grad(loss, argnums)(*plain)
+    if how == "jacrev":
+        return torch.func.jacrev(call, argnums)(*plain)
+    if how == "vmap over grad":
+        return torch.func.vmap(torch.func.grad(loss, argnums), -1)(*rows)
+    if how == "vmap of one tensor over grad":
+        return torch.func.vmap(torch.func.grad(loss, argnums), (-1, *(None,) * (len(plain) - 1)))(rows[0], *plain[1:])
+    if how == "grad over vmap":
+        every = torch.func.grad(lambda *t: torch.func.vmap(call, -1)(*t).square().sum(), argnums)(*rows)
+        return every
+    if how == "autograd over vmap":
+        leaves = [t.requires_grad_() for t in rows]
+        return torch.autograd.grad(torch.func.vmap(call, -1)(*leaves).square().sum(), leaves)
+    if how == "vmap over vmap":
+        two = [torch.stack([t, t + 1]) for t in rows]
+        return [torch.func.vmap(torch.func.vmap(call, -1))(*two)]
+    if how == "vmap of nothing":
+        return torch.func.vmap(torch.func.grad(loss, argnums), -1)(*(t[..., :0] for t in rows))
+    seconds = {
+        "hessian by jacrev": torch.func.jacrev(torch.func.jacrev(loss, argnums), argnums),
+        "hessian by jacfwd": torch.func.jacfwd(torch.func.jacrev(loss, argnums), argnums),
+        "vmap over grad over grad": torch.func.vmap(
+            torch.func.grad(lambda *t: sum(g.square().sum() for g in torch.func.grad(loss, argnums)(*t)), argnums), -1
+        ),
+    }
+    if how in seconds:
+        found = seconds[how](*(rows if how.startswith("vmap") else plain))
+        return [g for row in found for g in (row if isinstance(row, tuple) else (row,))]
+    assert how == "jvp of a vjp"
+    out, pull = torch.func.vjp(call, *plain)
+    return torch.func.jvp(pull, (torch.ones_like(out),), (random_grad(out),))[1]
+
+
+BY_KERNEL = ["is_grads_batched", "vmap over a vjp", "grad", "jacrev", "vmap over grad", "vmap of one tensor over grad",
+             "grad over vmap", "autograd over vmap", "vmap over vmap", "vmap of nothing"]  # fmt: skip
+BY_REFERENCE = ["hessian by jacrev", "hessian by jacfwd", "vmap over grad over grad", "jvp of a vjp"]
+
+
+@native_only
+@some
+@pytest.mark.parametrize("how", BY_KERNEL)
+def test_transforms_run_the_kernels(name, how, no_reference):
+    with Ran() as ran:
+        of_func(name, "native", how)
+    op = name.split()[0]
+    assert ran.counts[f"{op}_eager"] >= 1 and ran.counts.keys() <= {f"{op}_eager", f"{op}_backward"}
+    assert ran.counts[f"{op}_backward"] >= 1 or how == "vmap over vmap"
+
+
+@native_only
+@some
+@pytest.mark.parametrize("how", BY_KERNEL + BY_REFERENCE)
+def test_transforms_agree_with_the_reference(name, how):
+    """First order by the kernels, what lies beyond through the plain form."""
+    for found, wanted in zip(of_func(name, "native", how), of_func(name, "reference", how), strict=True):
+        close(found, wanted)
+
+
+@native_only
+@pytest.mark.parametrize("name", ["expert_linear", "mix both packed"])
+def test_compiled_transforms(name):
+    """The compiler traces torch.func's transforms into the plain form."""
+    for how in ("vmap over grad", "grad over vmap"):
+        torch._dynamo.reset()
+        found = torch.compile(of_func, backend="aot_eager")(name, "native", how)
+        for a, b in zip(found, of_func(name, "native", how), strict=True):
+            close(a, b)
+
+
+@native_only
+@some
+def test_tangents_of_gradients_are_not_lost(name):
+    """Backward under dual numbers: the gradient's tangent is the linear map's, applied to the tangent."""
+    inputs = tiny_inputs(name)
+    out = tiny_call(name, "native", "tanh")(*inputs)
+    along = random_grad(out)
+    wanted = torch.autograd.grad(out, inputs, along, retain_graph=True)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(out, inputs, forward_ad.make_dual(torch.ones_like(out), along))
+        for dual, tangent in zip(found, wanted, strict=True):
+            close(forward_ad.unpack_dual(dual).tangent, tangent)
 
 
 @each_backend

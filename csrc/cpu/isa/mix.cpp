@@ -230,7 +230,7 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
         for (int64_t e = 0; e < plan.experts; ++e, c += plan.width)
           for (int64_t d = 0; d < plan.width; ++d) out[t * plan.width + d] += c[d] * h[e * stride + d];
     } else {
-      weights_of_row(args, b, m, static_cast<C*>(args.lse) + (plan.softmax ? b * plan.rows : 0));
+      weights_of_row(args, b, m, args.lse ? static_cast<C*>(args.lse) + b * plan.rows : nullptr);
       Ahead ahead;
       if (b + 1 < end) add_experts<S>(ahead, args, b + 1);
       ahead.spread(points_of<C>(plan.uses, plan.width));
