@@ -14,6 +14,8 @@ _BENEATH = {
     "gated_mix": "mix",
     "adatt_mix": "mix",
     "linear_mix": "mix",
+    "esmm_loss": "esmm_loss",
+    "masked_bce": "masked_bce",
 }
 
 
