@@ -60,9 +60,9 @@ MTL_ROW EsmmRow<C> esmm_row(C a, C c, C click, C conversion, C weight) {
   const C minus_log_a = positive(-a) + pa.tail, minus_log_c = positive(-c) + pc.tail;  // -log sigmoid
   const C softplus_a = positive(a) + pa.tail, softplus_c = positive(c) + pc.tail;
   // 1 - sigmoid(a) sigmoid(c) = sigmoid(-a) + sigmoid(a) sigmoid(-c): no click, or a click without conversion. The
-  // logarithms of the two differ by d, so q, that of their sum, is the larger one plus a tail, and sigmoid(d) is the
-  // share of the first.
-  const Logistic<C> share = logistic<M>(softplus_c - a);
+  // logarithms of the two differ by d = softplus(c) - a, in which large logits cancel before the tail is added; so q,
+  // that of their sum, is the larger one plus a tail, and sigmoid(d) is the share of the first.
+  const Logistic<C> share = logistic<M>(positive(c) - a + pc.tail);
   const C no_click = -softplus_a, no_conversion = -(minus_log_a + softplus_c);
   const C q = -positive(-((no_click > no_conversion ? no_click : no_conversion) + share.tail));  // never above 0
   EsmmRow<C> row;

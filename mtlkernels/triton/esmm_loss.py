@@ -26,7 +26,7 @@ def esmm_kernel(a_ptr, c_ptr, y_ptr, z_ptr, da_ptr, dc_ptr, partial_ptr, weight,
     minus_log_a = positive(-a) + a_tail
     minus_log_c = positive(-c) + c_tail
     # 1 - pCTCVR: no click, or a click without conversion. share: of the first; q: the logarithm of their sum.
-    share, other, tail = logistic(softplus_c - a)
+    share, other, tail = logistic(positive(c) - a + c_tail)
     q = -positive(-(tl.maximum(-softplus_a, -(minus_log_a + softplus_c)) + tail))
     ctcvr = w * (minus_log_a + minus_log_c) - (1 - w) * q
     loss = positive(a) - a * y + a_tail + weight * ctcvr
