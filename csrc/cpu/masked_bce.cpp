@@ -1,4 +1,6 @@
 // masked_bce on a CPU: the masks' sums, then loss and gradient in one pass over [B,T].
+#include <cfloat>
+
 #include "losses.h"
 
 namespace mtl {
@@ -57,6 +59,9 @@ std::tuple<Tensor, Tensor> masked_bce(const Tensor& logits, const Tensor& labels
                     label_at(w, std::max<int64_t>(bad, 0)), " at [", bad / std::max<int64_t>(tasks, 1), ", ",
                     bad % std::max<int64_t>(tasks, 1), "]");
   }
+  const double largest = type == ScalarType::Double ? DBL_MAX : double(FLT_MAX);
+  for (double total : totals)
+    STD_TORCH_CHECK(total <= largest, "mask must hold weights whose sum is finite; got ", total);
   args.totals = totals.data();
   const int64_t bad = cut.sum(kLossWork, sums, [&](int64_t begin, int64_t end, double* to, int64_t* wrong) {
     kernel.bce(args, begin, end, to, wrong, scratch(1, bytes));
@@ -65,7 +70,7 @@ std::tuple<Tensor, Tensor> masked_bce(const Tensor& logits, const Tensor& labels
                   bad / std::max<int64_t>(tasks, 1), ", ", bad % std::max<int64_t>(tasks, 1), "]");
   with_type(type, "logits", [&](auto s) {
     using C = decltype(s);
-    for (int64_t t = 0; t < tasks; ++t) mutable_data<C>(loss)[t] = totals[t] == 0 ? C{0} : C(sums[t] / totals[t]);
+    for (int64_t t = 0; t < tasks; ++t) mutable_data<C>(loss)[t] = C(sums[t]);
   });
   return {loss, dlogits};
 }

@@ -151,7 +151,8 @@ template <class S>
 __global__ void __launch_bounds__(kLossThreads) masked_bce_kernel(const __grid_constant__ BceArgs args) {
   const LossPlace place = loss_place(args.plan);
   const int64_t batch = args.plan.batch, tasks = args.plan.tasks;
-  const float total = args.totals && place.row < batch ? args.totals[place.task] : static_cast<float>(batch);
+  float total = args.totals && place.row < batch ? args.totals[place.task] : static_cast<float>(batch);
+  if (isinf(total)) total = NAN;  // a share of it would be a wrong 0
   float sum = 0.0f;
   for (int64_t row0 = place.row; row0 < batch; row0 += kLossUnroll * place.step) {
     float x[kLossUnroll] = {}, y[kLossUnroll] = {}, w[kLossUnroll] = {};

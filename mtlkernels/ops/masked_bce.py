@@ -26,9 +26,10 @@ def masked_bce(logits: Tensor, labels: Tensor, mask: Tensor | None = None, *, ba
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit; the message names it.
-        RuntimeError: from the native kernel on a CPU, a label outside [0, 1] that is not masked, or a weight that is
-            negative or not finite; the message says where. On a GPU and on the other backends such a label's place is
-            NaN instead, and so is the task's loss; of such a weight the whole task.
+        RuntimeError: from the native kernel on a CPU, a label outside [0, 1] that is not masked, a weight that is
+            negative or not finite, or a task's sum of them that is not; the message says which. On a GPU and on the
+            other backends such a label's place is NaN instead, and so is the task's loss; of such a weight or sum the
+            whole task.
 
     Tang et al., RecSys 2020, section 4.3: each task's loss over its own sample space.
     """

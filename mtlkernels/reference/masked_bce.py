@@ -22,7 +22,7 @@ def masked_bce(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Ten
     y = torch.where(used, torch.where((y >= 0) & (y <= 1), y, torch.nan), 0)
     weight = torch.where(used & ~(weight > 0), torch.nan, weight)
     total = weight.sum(0)
-    terms = weight * (-y * F.logsigmoid(x) - (1 - y) * F.logsigmoid(-x))
-    empty = total == 0
-    loss = torch.where(empty, 0, terms.sum(0) / torch.where(empty, 1, total))
-    return loss, x.new_empty(0)
+    total = torch.where(total < torch.inf, torch.where(total == 0, 1, total), torch.nan)
+    # Divided before the sum, in which weights near the ends of the number range would be lost.
+    terms = weight / total * (-y * F.logsigmoid(x) - (1 - y) * F.logsigmoid(-x))
+    return terms.sum(0), x.new_empty(0)

@@ -32,7 +32,8 @@ def bce_kernel(
         w = tl.load(mask_ptr + at, mask=here, other=0).to(tl.float32)
         used = w != 0
         total = tl.load(total_ptr + task, mask=task < T, other=1)
-        share = tl.where(used, w / total, 0.0)
+        # A sum beyond the number range is NaN: a share of infinity would be a wrong 0.
+        share = tl.where(used, w / tl.where(total == float("inf"), float("nan"), total), 0.0)
     else:
         used = here
         share = tl.where(here, 1.0 / B, 0.0)

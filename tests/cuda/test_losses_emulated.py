@@ -146,6 +146,8 @@ def test_bad_labels_and_weights_are_nan_in_their_task_alone() -> None:
     device.call(device.library.bce, {**fields, **found}, FIELDS)
     assert found["loss"].isnan().tolist() == [True, False, True]
     assert found["dx"].isnan().nonzero().tolist() == sorted([[1, 0], *([row, 2] for row in range(5))])
+    device.call(device.library.bce, {**fields, **found, "z": device.put(torch.full((5, 3), 1e38))}, FIELDS)
+    assert found["loss"].isnan().all(), "weights whose sum overflows"
 
 
 # Several rows of threads a block and several blocks, so that every barrier separates something.

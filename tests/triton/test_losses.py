@@ -120,6 +120,7 @@ def test_bad_labels_are_nan_there_alone(device: str) -> None:
     assert loss.isnan().tolist() == [True, False, True]
     (grad,) = torch.autograd.grad(loss.sum(), x)
     assert grad.isnan().nonzero().tolist() == sorted([[1, 0], *([row, 2] for row in range(5))])
+    assert mtl.masked_bce(x, labels, torch.full_like(mask, 1e38), backend="triton").isnan().all()
 
 
 def test_two_runs_agree_bit_for_bit(device: str) -> None:

@@ -132,8 +132,9 @@ void bce(const BceArgs& args, int64_t begin, int64_t end, double* sums, int64_t*
     for (int64_t i = 0; i < n; ++i) {
       const BceRow<C> row = bce_row<Math>(x[i], y[i]);
       const bool used = w[i] != C{0};
-      total[i] += used ? w[i] * row.loss : C{0};
-      dx[i] = used ? row.slope * (w[i] / all[i]) : C{0};
+      const C share = w[i] / all[i];
+      total[i] += used ? share * row.loss : C{0};
+      dx[i] = used ? share * row.slope : C{0};
       wrong |= used & !is_label(y[i]);
     }
     for (int64_t i = 0; wrong && i < n; ++i) {
