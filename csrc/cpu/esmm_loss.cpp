@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> esmm_loss(const Tensor& ctr_logit, const Tens
   args.weight = ctcvr_weight, args.scale = 1.0 / double(std::max<int64_t>(batch, 1));
   args.dctr = da.mutable_data_ptr(), args.dcvr = dc.mutable_data_ptr();
 
-  const int64_t blocks = (batch + kLossNumbers / 4 - 1) / (kLossNumbers / 4), size = kLossNumbers / 4;
+  const int64_t size = kLossNumbers / 4, blocks = (batch + size - 1) / size;  // a row costs as much as four numbers
   std::vector<double> sums(blocks);
   std::vector<int64_t> bad(blocks, -1);
   run_tasks(blocks, 3 * kLossWork * double(batch),

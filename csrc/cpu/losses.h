@@ -9,9 +9,10 @@
 
 namespace mtl {
 
-constexpr int64_t kLossNumbers = 8192;  // a task's share. Fixed: sums do not depend on the number of threads
-constexpr int64_t kLossPeriod = 256;    // numbers that few tasks are treated as one row of
-constexpr double kLossWork = 20;        // operations a number, as run_tasks counts them
+// What one of the threads' tasks takes. Fixed, so that sums do not depend on the number of threads.
+constexpr int64_t kLossNumbers = 8192;
+constexpr int64_t kLossPeriod = 256;  // numbers that few tasks are treated as one row of
+constexpr double kLossWork = 20;      // operations a number, as run_tasks counts them
 
 inline const LossKernels& loss_kernels_of(const Tensor& logits, const char* name) {
   static const LossTable& best = MTL_BEST_ISA(loss_kernels);

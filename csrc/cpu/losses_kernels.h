@@ -35,8 +35,8 @@ struct BceArgs {
 struct LossKernels {
   // Rows [begin, end): returns their summed loss. A row with labels that do not fit sets *bad to its index.
   double (*esmm)(const EsmmArgs&, int64_t begin, int64_t end, int64_t* bad);
-  // Numbers [begin, end) of [B,T], begin a multiple of T: each task's sum of mask * loss / total goes to sums [T]. A number
-  // whose label does not fit sets *bad to its index. `memory`: scratch(1, bce_bytes(period)).
+  // Numbers [begin, end) of [B,T], begin a multiple of T: each task's sum of mask * loss / total goes to sums [T]. A
+  // number whose label does not fit sets *bad to its index. `memory`: scratch(1, bce_bytes(period)).
   void (*bce)(const BceArgs&, int64_t begin, int64_t end, double* sums, int64_t* bad, void* memory);
   // The sums of the mask itself, in the same way; *bad for a weight that is negative, infinite or NaN.
   void (*count)(const BceArgs&, int64_t begin, int64_t end, double* sums, int64_t* bad, void* memory);
