@@ -30,6 +30,16 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
+  // Mean over rows of the click's cross entropy and, times the weight, click-and-conversion's. All [B]; second and
+  // third output: the loss's derivatives by the logits, in the type of sums.
+  define_forward(m, "esmm_loss",
+                 "(Tensor ctr_logit, Tensor cvr_logit, Tensor click, Tensor conversion, float ctcvr_weight)"
+                 " -> (Tensor, Tensor, Tensor)");
+  m.def("esmm_loss_backward(Tensor grad, Tensor dctr, Tensor dcvr) -> (Tensor, Tensor)");
+  // Each task's mean cross entropy [T] of [B,T], weighted by the mask. Second output: dlogits [B,T], in the type of
+  // sums.
+  define_forward(m, "masked_bce", "(Tensor logits, Tensor labels, Tensor? mask) -> (Tensor, Tensor)");
+  m.def("masked_bce_backward(Tensor grad, Tensor dlogits) -> Tensor");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
   // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.

@@ -3,7 +3,7 @@
 from . import costs
 from ._library import build_info, empty_cache
 from .backend import use_backend
-from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
+from .ops import Routes, adatt_mix, esmm_loss, expert_linear, gated_mix, linear_mix, masked_bce, mix
 from .ops.explain import explain
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "adatt_mix",
     "build_info",
     "empty_cache",
+    "esmm_loss",
     "expert_linear",
     "explain",
     "gated_mix",
     "linear_mix",
+    "masked_bce",
     "mix",
     "use_backend",
 ]

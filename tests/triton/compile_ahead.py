@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import expert_linear, mix, mix_channels
+from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db")}
@@ -38,6 +38,8 @@ def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(
             short = "i32" if name in INT32 else "fp32" if name in FLOAT32 else dtype
             signature[name] = "*" + (weight if weight and name == "w_ptr" else short)
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "weight":
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if name in ALIGNED:
@@ -91,6 +93,19 @@ def build_linear(target, dtype, shape, activation, weight=None, precision="ieee"
               precision=precision, ones=ones)  # fmt: skip
 
 
+def build_losses(target, dtype, num_tasks):
+    tile = losses.pick_loss(num_tasks)
+    if num_tasks == 1:
+        build(esmm_loss.esmm_kernel, target, dtype, tile.warps, {"BB": tile.rows})
+    sizes = {"BB": tile.rows, "BT": tile.tasks}
+    ones = ("T",) if num_tasks == 1 else ()
+    build(losses.scale_kernel, target, "fp32", tile.warps, sizes, shape=(num_tasks,), ones=ones)
+    build(masked_bce.mask_sum_kernel, target, "fp32", tile.warps, sizes, shape=(num_tasks,), ones=ones)
+    for masked in (False, True):
+        build(masked_bce.bce_kernel, target, dtype, tile.warps, {**sizes, "MASK": masked}, shape=(num_tasks,),
+              ones=ones)  # fmt: skip
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -99,9 +114,13 @@ def main(target: int, everything: bool) -> None:
     build_linear(target, "bf16", (256, 256), "gelu")
     build_linear(target, "fp32", (64, 128), "relu")
     build_linear(target, "bf16", (1, 64), "", ones=("N", "span"))
+    build_losses(target, "bf16", 1)
+    build_losses(target, "fp32", 4)
     if not everything:
         return
     for dtype in ("bf16", "fp32"):
+        for num_tasks in (1, 3, 16, 100):
+            build_losses(target, dtype, num_tasks)
         for shape in ((4, 8, 256), (2, 16, 64), (8, 16, 128), (16, 32, 256), (64, 64, 256), (4, 8, 1000), (1, 4, 16)):
             build_mix(target, dtype, shape, mix.STATIC_NONE, mix.MAP_MASK)
             build_mix(target, dtype, shape, native, mix.MAP_NONE)

@@ -1,0 +1,90 @@
+// The kernels of the losses, with their launch code, on the emulated device.
+#include "cuda.h"
+#include "losses_launch.cuh"
+
+namespace {
+
+constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
+
+// One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
+struct Problem {
+  int64_t type, batch, tasks;
+  int64_t x, x2;                 // logits, the second of esmm_loss; in `scale` the saved derivatives
+  int64_t y, y_type, z, z_type;  // labels or click; mask or conversion
+  int64_t factor;                // one float32, ctcvr_weight; in `scale` the gradient [T]
+  int64_t loss, dx, dx2;
+};
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+mtl::Labels labels(int64_t address, int64_t type) {
+  return {pointer<void>(address), static_cast<mtl::LabelType>(type)};
+}
+
+template <class Body>
+void dispatch(int64_t type, Body body) {
+  if (type == static_cast<int64_t>(mtl::Scalar::f32)) body(float{});
+  if (type == static_cast<int64_t>(mtl::Scalar::f16)) body(__half{});
+  if (type == static_cast<int64_t>(mtl::Scalar::bf16)) body(__nv_bfloat16{});
+}
+
+// Scratch that is read before it is written shows as NaN.
+std::vector<float> scratch(int64_t n) { return std::vector<float>(n, NAN); }
+
+}  // namespace
+
+extern "C" {
+
+int barriers() { return kBarriers; }
+const char* last_error() { return emulation::error.c_str(); }
+
+void schedule(int order, unsigned seed, int skipped_barrier) {
+  emulation::order = static_cast<emulation::Order>(order);
+  emulation::seed = seed;
+  emulation::skipped_barrier = skipped_barrier;
+}
+
+void esmm(const Problem* p) {
+  emulation::error.clear();
+  mtl::EsmmArgs args{};
+  args.plan = mtl::plan_loss(p->batch, 1);
+  args.ctr = pointer<void>(p->x);
+  args.cvr = pointer<void>(p->x2);
+  args.click = labels(p->y, p->y_type);
+  args.conversion = labels(p->z, p->z_type);
+  args.weight = *pointer<float>(p->factor);
+  args.scale = p->batch ? 1.0f / static_cast<float>(p->batch) : 0.0f;
+  args.dctr = pointer<float>(p->dx);
+  args.dcvr = pointer<float>(p->dx2);
+  std::vector<float> partials = scratch(args.plan.blocks());
+  args.partials = partials.data();
+  dispatch(p->type, [&](auto s) { mtl::launch_esmm_loss<decltype(s)>(args, pointer<float>(p->loss), 0); });
+}
+
+void bce(const Problem* p) {
+  emulation::error.clear();
+  mtl::BceArgs args{};
+  args.plan = mtl::plan_loss(p->batch, p->tasks);
+  args.logits = pointer<void>(p->x);
+  args.labels = labels(p->y, p->y_type);
+  if (p->z) args.mask = labels(p->z, p->z_type);
+  args.dlogits = pointer<float>(p->dx);
+  std::vector<float> partials = scratch(args.plan.row_blocks * p->tasks), totals = scratch(p->tasks);
+  args.partials = partials.data();
+  dispatch(p->type,
+           [&](auto s) { mtl::launch_masked_bce<decltype(s)>(args, pointer<float>(p->loss), totals.data(), 0); });
+}
+
+void scale(const Problem* p) {
+  emulation::error.clear();
+  mtl::launch_loss_scale(mtl::ScaleArgs{mtl::plan_loss(p->batch, p->tasks),
+                                        pointer<float>(p->factor),
+                                        {pointer<float>(p->x), pointer<float>(p->x2)},
+                                        {pointer<float>(p->dx), pointer<float>(p->dx2)}},
+                         0);
+}
+
+}  // extern "C"
