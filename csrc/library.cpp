@@ -26,6 +26,17 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
+  // y = (w w_p) (x - mean_p) / sqrt(var_p + eps) + b + b_p. Further outputs: the statistics used [P,D], and the rows of
+  // each domain that they come from [P]: none outside training.
+  define_forward(m, "partitioned_norm",
+                 "(Tensor x, Tensor domain, Tensor weight, Tensor bias, Tensor domain_weight, Tensor domain_bias,"
+                 " Tensor running_mean, Tensor running_var, bool training, float eps)"
+                 " -> (Tensor, Tensor, Tensor, Tensor)");
+  // needs: bit 1 dx, 2 dweight, 4 dbias, 8 ddomain_weight, 16 ddomain_bias.
+  m.def(
+      "partitioned_norm_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight,"
+      " Tensor mean, Tensor var, Tensor count, bool training, float eps, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
 }

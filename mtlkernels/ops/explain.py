@@ -14,6 +14,7 @@ _BENEATH = {
     "gated_mix": "mix",
     "adatt_mix": "mix",
     "linear_mix": "mix",
+    "partitioned_norm": "partitioned_norm",
 }
 
 
@@ -24,7 +25,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     if op not in _BENEATH:
         raise ValueError(f"op must be one of {', '.join(_BENEATH)}; got {op!r}")
-    first = args[0] if args else kwargs.get("x" if op == "expert_linear" else "experts")
+    first = args[0] if args else kwargs.get("experts" if _BENEATH[op] == "mix" else "x")
     if not isinstance(first, Tensor):
         raise TypeError(f"explain needs the call's arguments: the first argument of {op} must be a tensor")
     device, dtype = first.device, first.dtype
