@@ -46,14 +46,17 @@ def partitioned_norm(
         count = torch.zeros(num_domains + 1, dtype=torch.int64, device=x.device).index_add(0, bucket, ones)
         count = count[:num_domains]
         n = count[:, None]
+        # A row alone in its domain takes no part; as it is, a NaN in it would come back as gradient, 0 * NaN.
+        several = (n >= 2).index_select(0, p)
+        used = torch.where(several, z, 0)
 
         def average(rows: Tensor) -> Tensor:
             # In double: a float32 sum of 4096 numbers near 1e4 is off by 100, their mean by 0.03.
             sums = torch.zeros(num_domains + 1, x.shape[1], dtype=torch.float64, device=x.device)
             return (sums.index_add(0, bucket, rows.double())[:num_domains] / n.clamp(min=1)).to(acc)
 
-        batch_mean = average(z)
-        batch_var = average((z - batch_mean.index_select(0, p)).square())
+        batch_mean = average(used)
+        batch_var = average((used - batch_mean.index_select(0, p)).square())
         mean, var = torch.where(n >= 2, batch_mean, mean), torch.where(n >= 2, batch_var, var)
     scale = weight.to(acc) * domain_weight.to(acc) * (var + eps).rsqrt()
     shift = bias.to(acc) + domain_bias.to(acc)
