@@ -8,3 +8,4 @@
 
 #include "library.cpp"
 #include "mix.cu"
+#include "partitioned_norm.cu"
