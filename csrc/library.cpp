@@ -40,6 +40,17 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   // sums.
   define_forward(m, "masked_bce", "(Tensor logits, Tensor labels, Tensor? mask) -> (Tensor, Tensor)");
   m.def("masked_bce_backward(Tensor grad, Tensor dlogits) -> Tensor");
+  // y = (w w_p) (x - mean_p) / sqrt(var_p + eps) + b + b_p. Further outputs: the statistics used [P,D], and the rows of
+  // each domain that they come from [P]: none outside training.
+  define_forward(m, "partitioned_norm",
+                 "(Tensor x, Tensor domain, Tensor weight, Tensor bias, Tensor domain_weight, Tensor domain_bias,"
+                 " Tensor running_mean, Tensor running_var, bool training, float eps)"
+                 " -> (Tensor, Tensor, Tensor, Tensor)");
+  // needs: bit 1 dx, 2 dweight, 4 dbias, 8 ddomain_weight, 16 ddomain_bias.
+  m.def(
+      "partitioned_norm_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight,"
+      " Tensor mean, Tensor var, Tensor count, bool training, float eps, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
   // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.

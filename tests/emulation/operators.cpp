@@ -10,3 +10,4 @@
 #include "library.cpp"
 #include "masked_bce.cu"
 #include "mix.cu"
+#include "partitioned_norm.cu"

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels
+from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels, partitioned_norm
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db")}
@@ -24,10 +24,10 @@ INT32 = {"map_ptr", "offset_ptr"}
 ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
 
 
-def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(), **labels):
+def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(), types=None, **labels):
     """Compile one kernel and print its registers, stack, shared memory and tensor-core instructions.
 
-    ones: integer arguments that are 1, which Triton makes constants.
+    ones: integer arguments that are 1, which Triton makes constants. types: of pointers, where the name does not say.
     """
     constants = {**constants, **{name: 1 for name in ones if name in kernel.arg_names}}
     signature, attributes = {}, {}
@@ -36,6 +36,7 @@ def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             short = "i32" if name in INT32 else "fp32" if name in FLOAT32 else dtype
+            short = (types or {}).get(name, short)
             signature[name] = "*" + (weight if weight and name == "w_ptr" else short)
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name == "weight":
@@ -106,6 +107,25 @@ def build_losses(target, dtype, num_tasks):
               ones=ones)  # fmt: skip
 
 
+def build_norm(target, dtype, width, ones=()):
+    tile = partitioned_norm.pick_norm(width, 4 if dtype == "fp32" else 2)
+    common, merge = {"BR": tile.rows, "BD": tile.width}, {"BC": 32, "BD": tile.width}
+    types = dict.fromkeys(("id_ptr", "domain_ptr", "order_ptr", "bound_ptr", "count_ptr"), "i64")
+    activations = {"x_ptr", "g_ptr", "out_ptr", "dx_ptr"}
+    for kernel, constants in (
+        (partitioned_norm.bounds_kernel, {"BLOCK": 128}),
+        (partitioned_norm.statistics_kernel, common),
+        (partitioned_norm.merge_kernel, {**merge, "TRAINING": True}),
+        (partitioned_norm.forward_kernel, {**common, "EPS": 1e-5, "GROUPED": True}),
+        (partitioned_norm.forward_kernel, {**common, "BR": tile.loose_rows, "EPS": 1e-5, "GROUPED": False}),
+        (partitioned_norm.sums_kernel, common),
+        (partitioned_norm.merge_sums_kernel, {**merge, "EPS": 1e-5}),
+        (partitioned_norm.backward_kernel, {**common, "EPS": 1e-5, "TRAINING": True}),
+    ):
+        floats = {n: "fp32" for n in kernel.arg_names if n.endswith("_ptr") and n not in activations | types.keys()}
+        build(kernel, target, dtype, tile.warps, constants, shape=(width,), ones=ones, types={**floats, **types})
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -116,11 +136,16 @@ def main(target: int, everything: bool) -> None:
     build_linear(target, "bf16", (1, 64), "", ones=("N", "span"))
     build_losses(target, "bf16", 1)
     build_losses(target, "fp32", 4)
+    build_norm(target, "bf16", 256)
+    build_norm(target, "fp32", 256)
     if not everything:
         return
     for dtype in ("bf16", "fp32"):
         for num_tasks in (1, 3, 16, 100):
             build_losses(target, dtype, num_tasks)
+        for width in (16, 1000):
+            build_norm(target, dtype, width)
+        build_norm(target, dtype, 1, ones=("D", "x_b", "g_b"))
         for shape in ((4, 8, 256), (2, 16, 64), (8, 16, 128), (16, 32, 256), (64, 64, 256), (4, 8, 1000), (1, 4, 16)):
             build_mix(target, dtype, shape, mix.STATIC_NONE, mix.MAP_MASK)
             build_mix(target, dtype, shape, native, mix.MAP_NONE)
