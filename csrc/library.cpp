@@ -26,6 +26,14 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
+  // out_b = act((W * W_p) x_b + c + c_p), p = domain_b. Second output: z, as for expert_linear.
+  define_forward(m, "star_linear",
+                 "(Tensor x, Tensor domain, Tensor weight, Tensor domain_weight, Tensor? bias, Tensor? domain_bias,"
+                 " str activation, bool save) -> (Tensor, Tensor)");
+  // needs: bit 1 dx, 2 dweight, 4 ddomain_weight, 8 dbias, 16 ddomain_bias. saved: as for expert_linear.
+  m.def(
+      "star_linear_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight, Tensor saved,"
+      " str activation, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
 }

@@ -2,7 +2,7 @@
 
 from ._library import build_info, empty_cache
 from .backend import use_backend
-from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
+from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix, star_linear
 from .ops.explain import explain
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "gated_mix",
     "linear_mix",
     "mix",
+    "star_linear",
     "use_backend",
 ]
