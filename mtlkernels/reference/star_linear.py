@@ -48,14 +48,14 @@ def _products(x: Tensor, p: Tensor, weight: Tensor, domain_weight: Tensor) -> Te
     order = torch.argsort(p, stable=True)
     sorted_p = p[order]
     rank = torch.arange(p.shape[0], device=p.device) - (ends - counts)[sorted_p]  # among its domain's rows
-    place = torch.empty_like(p).scatter(0, order, (tile_ends - tiles)[sorted_p] * _TILE + rank)  # [B]
+    tile = torch.empty_like(p).scatter(0, order, (tile_ends - tiles)[sorted_p] + rank // _TILE)  # [B]
+    place = torch.empty_like(p).scatter(0, order, rank % _TILE)
 
     num_tiles = p.shape[0] // _TILE + num_domains  # at least as many as are needed
     index = torch.arange(num_tiles, device=p.device)
     owner = torch.searchsorted(tile_ends, index, right=True).clamp(max=num_domains - 1)  # [tiles]
-    gathered = x.new_zeros(num_tiles * _TILE, x.shape[1]).index_copy(0, place, x)
+    gathered = x.new_zeros(num_tiles, _TILE, x.shape[1]).index_put((tile, place), x)
     # A domain without rows is not read: whatever its weight holds, its gradient is exactly 0.
     seen = torch.where((counts > 0)[:, None, None], domain_weight, 0)
     each = (weight * seen).index_select(0, owner)  # [tiles, N, K]
-    products = torch.bmm(gathered.view(num_tiles, _TILE, x.shape[1]), each.mT)
-    return products.view(num_tiles * _TILE, weight.shape[0]).index_select(0, place)
+    return torch.bmm(gathered, each.mT)[tile, place]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import on_device
-from .expert_linear import _GROUP, _MIN_ROWS, _PROGRAMS, SAVES_INPUT, _activate, _Call, _load_dz, _tile
+from .expert_linear import _MIN_ROWS, _PROGRAMS, SAVES_INPUT, _activate, _Call, _load_dz, _tile
 
 
 @triton.jit
