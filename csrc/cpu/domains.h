@@ -1,4 +1,4 @@
-// Rows sorted by domain.
+// Rows sorted by domain, and shared out in pieces that do not depend on the number of threads.
 #pragma once
 
 #include "tensor.h"
@@ -9,48 +9,26 @@ namespace mtl {
 struct Domains {
   std::vector<int64_t> rows;   // [B]
   std::vector<int64_t> first;  // [P + 1]
+  int64_t domains() const { return int64_t(first.size()) - 1; }
   int64_t count(int64_t p) const { return first[p + 1] - first[p]; }
 };
 
 // A stable counting sort of domain [B], of any integer type. An id that is not in 0 .. domains-1 raises.
-inline Domains sort_by_domain(const Tensor& domain_in, int64_t domains) {
-  const Tensor domain = dense(domain_in);
-  Domains sorted;
-  sorted.first.assign(domains + 1, 0);
-  sorted.rows.resize(domain.numel());
-  const auto sort = [&](auto id) {
-    const auto* ids = data<decltype(id)>(domain);
-    const int64_t batch = domain.numel();
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t p = ids[b];
-      STD_TORCH_CHECK(p >= 0 && p < domains, "domain must hold ids from 0 to P-1 = ", domains - 1, "; got ", p,
-                      " in row ", b);
-      ++sorted.first[p + 1];
-    }
-    for (int64_t p = 0; p < domains; ++p) sorted.first[p + 1] += sorted.first[p];
-    std::vector<int64_t> next(sorted.first.begin(), sorted.first.end() - 1);
-    for (int64_t b = 0; b < batch; ++b) sorted.rows[next[ids[b]]++] = b;
-  };
-  switch (domain.scalar_type()) {
-    case ScalarType::Long:
-      sort(int64_t{});
-      break;
-    case ScalarType::Int:
-      sort(int32_t{});
-      break;
-    case ScalarType::Short:
-      sort(int16_t{});
-      break;
-    case ScalarType::Char:
-      sort(int8_t{});
-      break;
-    case ScalarType::Byte:
-      sort(uint8_t{});
-      break;
-    default:
-      STD_TORCH_CHECK(false, "domain must be of an integer type");
-  }
-  return sorted;
-}
+Domains sort_by_domain(const Tensor& domain, int64_t domains);
+
+// Whether these rows follow one another, as those of a single domain, or of a sorted batch, do.
+inline bool consecutive(const int64_t* rows, int64_t n) { return rows[n - 1] - rows[0] == n - 1; }
+
+// Some rows of one domain, in one lane. partial: -1 where they are all of its rows, else which of the partial sums.
+struct Segment {
+  int64_t domain, first, rows, partial;
+};
+
+// What a domain costs beyond its rows, in rows.
+constexpr int64_t kDomainCost = 24;
+
+// Cuts the sorted rows into at most about eight lanes of equal work, from their counts alone; a domain is cut only
+// where it is larger than what a lane has room for. `partials`: how many segments are such pieces.
+std::vector<std::vector<Segment>> cut_into_lanes(const Domains& rows, int64_t* partials);
 
 }  // namespace mtl

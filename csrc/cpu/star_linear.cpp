@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "domains.h"
-#include "linear_kernels.h"
+#include "gather.h"
 #include "star_kernels.h"
 
 namespace mtl {
@@ -21,10 +21,11 @@ namespace {
 // Of packed rows: they, the rows they came from and the product's rows share the L2 with the panels of the weight.
 constexpr int64_t kBlockBytes = 96 << 10;
 constexpr int64_t kPanelBytes = 8 << 20;  // of the packed weight of a task
-constexpr int64_t kDepth = 256;           // rows that S takes at a time
-constexpr int64_t kOutputs = 96;          // rows of S at a time: they stay in the L2 until dW_p and dW have them
-// S is summed in up to so many lanes, of that many rows at least; what each domain costs beyond its rows, in rows.
-constexpr int64_t kLanes = 8, kLaneRows = 512, kDomainCost = 24;
+// Panels of W * W_p that are formed, then packed, at a time: forward's product lies in whole rows of the weight and
+// should stay in the L1; dX's in columns, which are read in runs long enough for the prefetcher.
+constexpr int64_t kForwardPanels = 2, kInputPanels = 16;
+constexpr int64_t kDepth = 256;   // rows that S takes at a time
+constexpr int64_t kOutputs = 96;  // rows of S at a time: they stay in the L2 until dW_p and dW have them
 
 const LinearKernels& kernels() {
   static const LinearKernels& best = MTL_BEST_ISA(linear_kernels);
@@ -80,45 +81,6 @@ Problem problem(const Tensor& x, const Tensor& domain, const Tensor& weight, con
           sort_by_domain(domain, domain_weight.size(0))};
 }
 
-Operand moved(Operand o, int64_t row, int64_t col, size_t element) {
-  const int64_t offset = (row * o.stride + col) * int64_t(element);
-  o.data = static_cast<const char*>(o.data) + offset;
-  if (o.saved) o.saved = static_cast<const char*>(o.saved) + offset;
-  return o;
-}
-
-// Whether these rows follow one another, as those of a single domain, or of a sorted batch, do.
-bool consecutive(const int64_t* rows, int64_t n) { return rows[n - 1] - rows[0] == n - 1; }
-
-// n rows of `cols` numbers side by side: where they lie, or copied into `room`.
-Operand gather(const Operand& o, const int64_t* rows, int64_t n, int64_t cols, size_t element, char* room) {
-  if (consecutive(rows, n)) return moved(o, rows[0], 0, element);
-  const size_t bytes = cols * element;
-  const auto copy = [&](const void* from, char* to) {
-    for (int64_t i = 0; i < n; ++i)
-      std::memcpy(to + i * bytes, static_cast<const char*>(from) + rows[i] * o.stride * int64_t(element), bytes);
-    return to;
-  };
-  Operand found{copy(o.data, room), nullptr, o.activation, cols};
-  if (o.saved) found.saved = copy(o.saved, room + n * bytes);
-  return found;
-}
-
-void scatter(const char* from, void* to, const int64_t* rows, int64_t n, size_t bytes, int64_t stride_bytes) {
-  for (int64_t i = 0; i < n; ++i) std::memcpy(static_cast<char*>(to) + rows[i] * stride_bytes, from + i * bytes, bytes);
-}
-
-// Buffers of one task, one after the other in a thread's scratch.
-struct Room {
-  char* next;
-  static size_t padded(size_t bytes) { return (bytes + 127) / 64 * 64; }
-  char* take(size_t bytes) {
-    char* found = next;
-    next += padded(bytes);
-    return found;
-  }
-};
-
 // Every row of `a` (depth numbers) times its domain's packed W * W_p, `cols` of them, to `out`, whose stride is cols.
 // pack_weight(p, col, cols, room, panels) packs some columns of domain p; bias_of(p, col, cols, room) is their bias.
 template <class PackWeight, class BiasOf>
@@ -152,7 +114,7 @@ void multiply_rows(const Problem& q, const Operand& a, int64_t depth, int64_t co
     char* packed_rows = static_cast<char*>(scratch(1, round_up(most, q.tile_rows) * depth * q.packed + 64));
     char* panels = static_cast<char*>(scratch(2, round_up(t.cols, q.tile_cols) * depth * q.packed + 64));
     const size_t bias_room = round_up(t.cols, q.tile_cols) * 2 * q.packed;
-    const size_t product_room = 4 * q.tile_cols * depth * q.packed;
+    const size_t product_room = std::min(kInputPanels * q.tile_cols, t.cols) * depth * q.packed;
     Room room{static_cast<char*>(scratch(3, Room::padded(2 * a_room) + 2 * Room::padded(most * row_out) +
                                                 Room::padded(bias_room) + Room::padded(product_room)))};
     char *gathered = room.take(2 * a_room), *y = room.take(most * row_out), *z = room.take(most * row_out);
@@ -199,7 +161,7 @@ std::tuple<Tensor, Tensor> star_linear(const Tensor& x_in, const Tensor& domain,
   const Operand a{x.const_data_ptr(), nullptr, Activation::kNone, x.stride(0)};
   const Output out{y.mutable_data_ptr(), with_z ? z.mutable_data_ptr() : nullptr, nullptr, activation, q.outputs};
   const auto pack_weight = [&](int64_t p, int64_t col, int64_t cols, char* product, char* panels) {
-    const int64_t step = 4 * q.tile_cols, depth = q.features;
+    const int64_t step = kForwardPanels * q.tile_cols, depth = q.features;
     for (int64_t c = 0; c < cols; c += step) {
       const int64_t n = std::min(step, cols - c), at = (col + c) * depth * int64_t(q.w_element);
       q.star.product(q.weight + at, q.domain_slice(p) + at, product, n * depth);
@@ -228,7 +190,7 @@ Tensor input_gradient(const Problem& q, const Tensor& x, const Operand& dz) {
   Tensor dx = allocate({q.batch, q.features}, x.scalar_type());
   if (dx.numel() == 0) return dx;
   const auto pack_weight = [&](int64_t p, int64_t col, int64_t cols, char* product, char* panels) {
-    const int64_t step = 4 * q.tile_cols, depth = q.outputs;
+    const int64_t step = kInputPanels * q.tile_cols, depth = q.outputs;
     for (int64_t c = 0; c < cols; c += step) {
       const int64_t n = std::min(step, cols - c);
       for (int64_t k = 0; k < depth; ++k) {
@@ -243,32 +205,6 @@ Tensor input_gradient(const Problem& q, const Tensor& x, const Operand& dz) {
   const Output out{dx.mutable_data_ptr(), nullptr, nullptr, Activation::kNone, q.features};
   multiply_rows(q, dz, q.outputs, q.features, out, pack_weight, no_bias);
   return dx;
-}
-
-// Some rows of one domain, in one lane. partial: -1 where they are all of its rows, else which of the partial sums.
-struct Segment {
-  int64_t domain, first, rows, partial;
-};
-
-// Cuts the sorted rows into lanes of about equal work, from their counts alone; domains are cut only where they are
-// larger than what a lane has room for.
-std::vector<std::vector<Segment>> cut_into_lanes(const Domains& rows, int64_t domains, int64_t* partials) {
-  int64_t cost = 0;
-  for (int64_t p = 0; p < domains; ++p) cost += rows.count(p) ? rows.count(p) + kDomainCost : 0;
-  const int64_t target = std::max(kLaneRows, (cost + kLanes - 1) / kLanes), least = 64;
-  std::vector<std::vector<Segment>> lanes(1);
-  int64_t used = 0;
-  *partials = 0;
-  for (int64_t p = 0; p < domains; ++p) {
-    for (int64_t first = rows.first[p], left = rows.count(p); left > 0;) {
-      if (used >= target) lanes.emplace_back(), used = 0;
-      const int64_t space = std::max(target - used - kDomainCost, least);
-      const int64_t taken = left <= space + least ? left : space;
-      lanes.back().push_back({p, first, taken, taken == rows.count(p) ? -1 : (*partials)++});
-      used += taken + kDomainCost, first += taken, left -= taken;
-    }
-  }
-  return lanes;
 }
 
 struct Gradients {
@@ -388,7 +324,7 @@ void add_up(const Problem& q, const std::vector<std::vector<Segment>>& lanes, co
 void parameter_gradients(const Problem& q, const Operand& x, const Operand& dz, const Wanted& wanted,
                          const Gradients& out) {
   int64_t num_partials = 0;
-  const auto lanes = cut_into_lanes(q.rows, q.domains, &num_partials);
+  const auto lanes = cut_into_lanes(q.rows, &num_partials);
   const int64_t num_lanes = int64_t(lanes.size()), bytes = (q.slice() + q.outputs) * int64_t(q.packed);
   char* own = static_cast<char*>(scratch(0, (num_lanes + num_partials) * bytes + 64));
   char* partials = own + num_lanes * bytes;
