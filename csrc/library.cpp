@@ -51,6 +51,14 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
       "partitioned_norm_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight,"
       " Tensor mean, Tensor var, Tensor count, bool training, float eps, int needs)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // out_b = act((W * W_p) x_b + c + c_p), p = domain_b. Second output: z, as for expert_linear.
+  define_forward(m, "star_linear",
+                 "(Tensor x, Tensor domain, Tensor weight, Tensor domain_weight, Tensor? bias, Tensor? domain_bias,"
+                 " str activation, bool save) -> (Tensor, Tensor)");
+  // needs: bit 1 dx, 2 dweight, 4 ddomain_weight, 8 dbias, 16 ddomain_bias. saved: as for expert_linear.
+  m.def(
+      "star_linear_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight, Tensor saved,"
+      " str activation, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
   // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.

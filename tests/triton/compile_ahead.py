@@ -15,11 +15,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels, partitioned_norm
+from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels, partitioned_norm, star_linear
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
-FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db")}
-INT32 = {"map_ptr", "offset_ptr"}
+FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db",
+                                      "partial_bias")}  # fmt: skip
+INT32, INT64 = {"map_ptr", "offset_ptr", "tile_ptr", "chunk_ptr"}, {"order_ptr"}
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
 ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
 
@@ -35,9 +36,9 @@ def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            short = "i32" if name in INT32 else "fp32" if name in FLOAT32 else dtype
+            short = "i32" if name in INT32 else "i64" if name in INT64 else "fp32" if name in FLOAT32 else dtype
             short = (types or {}).get(name, short)
-            signature[name] = "*" + (weight if weight and name == "w_ptr" else short)
+            signature[name] = "*" + (weight if weight and name in ("w_ptr", "own_ptr") else short)
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name == "weight":
             signature[name] = "fp32"
@@ -126,6 +127,24 @@ def build_norm(target, dtype, width, ones=()):
         build(kernel, target, dtype, tile.warps, constants, shape=(width,), ones=ones, types={**floats, **types})
 
 
+def build_star(target, dtype, shape, activation, weight=None, precision="ieee", ones=()):
+    features, width = shape
+    cores = dtype != "fp32" or precision == "tf32"
+    for kernel, m, n, extra in (
+        (star_linear.forward_kernel, None, features, {"BIAS": True, "OWN_BIAS": True, "SAVE": activation == "gelu"}),
+        (star_linear.dx_kernel, None, width, {}),
+        (star_linear.sums_kernel, features, width, {"NEED_W": True, "NEED_B": True}),
+    ):
+        tile = pick_gemm(m, n, width, 4 if dtype == "fp32" else 2, cores, target, through_registers=True)
+        constants = dict(ACTIVATION=activation, PRECISION=precision, UPCAST=False, BM=tile.m, BN=tile.n, BK=tile.k,
+                         GROUP=8, **extra)  # fmt: skip
+        build(kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape, activation=activation,
+              precision=precision, ones=ones)  # fmt: skip
+    for scale in (True, False):
+        constants = dict(SCALE=scale, NEED_SHARED=True, NEED_OWN=True, BLOCK=512)
+        build(star_linear.combine_kernel, target, dtype, 4, constants, weight=weight, shape=shape, ones=ones)
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -138,8 +157,18 @@ def main(target: int, everything: bool) -> None:
     build_losses(target, "fp32", 4)
     build_norm(target, "bf16", 256)
     build_norm(target, "fp32", 256)
+    build_star(target, "bf16", (256, 256), "gelu")
+    build_star(target, "fp32", (128, 512), "relu")
     if not everything:
         return
+    for dtype in ("bf16", "fp32"):
+        for shape in ((256, 256), (64, 128), (16, 64)):
+            for activation in ("", "relu", "gelu", "silu", "tanh"):
+                build_star(target, dtype, shape, activation)
+    for activation in ("relu", "gelu"):
+        build_star(target, "bf16", (256, 256), activation, weight="fp32")
+        build_star(target, "fp32", (256, 256), activation, precision="tf32")
+    build_star(target, "bf16", (1, 1), "relu", ones=("N", "K", "x_b", "numel"))
     for dtype in ("bf16", "fp32"):
         for num_tasks in (1, 3, 16, 100):
             build_losses(target, dtype, num_tasks)
