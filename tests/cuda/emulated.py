@@ -32,11 +32,12 @@ def build(source: str, change: tuple[str, str, str] | None = None) -> Path:
         pytest.skip("no C++ compiler")
     files = {f.name: f.read_text() for f in sorted(DEVICE.iterdir())}
     files["library.cpp"] = (DEVICE.parent / "library.cpp").read_text()
+    files |= {f"../common/{f.name}": f.read_text() for f in sorted((DEVICE.parent / "common").iterdir())}
     if change is not None:
         name, old, new = change
         assert files[name].count(old) == 1, f"{old!r} occurs {files[name].count(old)} times in {name}"
         files[name] = files[name].replace(old, new)
-    # The emulated launch.h takes the place of the real one.
+    # The emulated launch.h and primitives.cuh take the place of the real ones.
     files |= {f.name: f.read_text() for f in sorted(EMULATION.iterdir())}
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -45,8 +46,10 @@ def build(source: str, change: tuple[str, str, str] | None = None) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{source}-{key}.so"
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+        with tempfile.TemporaryDirectory(dir=folder) as top:
+            tmp = Path(top, "cuda")
             for name, text in files.items():
+                Path(tmp, name).parent.mkdir(exist_ok=True)
                 Path(tmp, name).write_text(text)
             includes = [flag for path in include_paths() for flag in ("-isystem", path)]
             torch_library = Path(torch.__file__).parent / "lib"

@@ -6,5 +6,6 @@
 #define STABLE_TORCH_LIBRARY(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(mtlkernels_emulated, m)
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(mtlkernels_emulated, CPU, m, C10_UID)
 
+#include "expert_linear.cu"
 #include "library.cpp"
 #include "mix.cu"

@@ -1,0 +1,312 @@
+// expert_linear on a GPU. The experts of a unit are one contiguous slice of the weight, and one contiguous range of
+// columns of y, so each unit is a plain product:
+//
+//   forward   Y_u  [B, m N] = X_u  [B, K]   W_u^T          bias and activation on the sums, in registers
+//   dX        dX_u [B, K]   = dZ_u [B, m N] W_u            summed over the unit's m experts inside the product
+//   dW        dW_u [m N, K] = dZ_u^T        X_u            the batch in a fixed number of slices, summed in order
+//
+// dZ = dY * act' is formed on its way to shared memory and never stored. 16-bit operands are multiplied by tensor cores
+// with float32 sums; float32 exactly. The order of every sum depends on the shapes alone.
+#pragma once
+
+#include "expert_linear_args.cuh"
+#include "gemm_tile.cuh"
+
+namespace mtl {
+
+// A block's part of the work.
+struct LinearPart {
+  int64_t unit, columns0, columns;  // the unit, its first column among all E * N, its columns
+  int64_t row0, column0;            // of the tile in the unit's product
+  int64_t slice;
+};
+
+template <class TILE, LinearProduct PRODUCT>
+__device__ inline LinearPart linear_part(const LinearArgs& a) {
+  const int block = static_cast<int>(blockIdx.x);
+  int low = 0, high = a.units;  // the last unit that does not begin after this block
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (a.tile[middle] <= block ? low : high) = middle;
+  }
+  LinearPart part;
+  part.unit = a.first_unit + low;
+  part.columns0 = a.expert[low] * a.outputs;
+  part.columns = (a.expert[low + 1] - a.expert[low]) * a.outputs;
+  const int64_t width = PRODUCT == LinearProduct::kForward ? part.columns : a.features, local = block - a.tile[low];
+  const int64_t across = width > TILE::kN ? (width + TILE::kN - 1) / TILE::kN : 1;
+  // Neighbouring blocks share their rows: x, or the gradient, comes from memory once and from the cache afterwards.
+  part.column0 = local % across * TILE::kN;
+  part.row0 = local / across * TILE::kM;
+  part.slice = 0;
+  if constexpr (PRODUCT == LinearProduct::kWeight) {
+    const int64_t down = (part.columns + TILE::kM - 1) / TILE::kM * TILE::kM;
+    part.slice = part.row0 / down;
+    part.row0 %= down;
+  }
+  return part;
+}
+
+template <class S, LinearProduct PRODUCT>
+__device__ inline Operand<S> linear_left(const LinearArgs& a, const LinearPart& p) {
+  if constexpr (PRODUCT == LinearProduct::kForward) {
+    return {static_cast<const S*>(a.x) + p.unit * a.x_unit + p.row0 * a.x_row, nullptr, a.x_row, a.features,
+            a.batch - p.row0};
+  }
+  const bool down = PRODUCT == LinearProduct::kWeight;
+  const int64_t batch0 = down ? p.slice * a.slice_rows : p.row0, rows = a.batch - batch0;
+  const int64_t offset = batch0 * a.columns + p.columns0 + (down ? p.row0 : 0);
+  const S* saved = a.saved ? static_cast<const S*>(a.saved) + offset : nullptr;
+  const int64_t depth = !down ? p.columns : rows < a.slice_rows ? rows : a.slice_rows;
+  return {static_cast<const S*>(a.grad) + offset, saved, a.columns, depth, down ? p.columns - p.row0 : rows};
+}
+
+template <class S, LinearProduct PRODUCT>
+__device__ inline Operand<S> linear_right(const LinearArgs& a, const LinearPart& p, int64_t depth) {
+  if constexpr (PRODUCT == LinearProduct::kWeight) {
+    const S* x = static_cast<const S*>(a.x) + p.unit * a.x_unit + p.slice * a.slice_rows * a.x_row + p.column0;
+    return {x, nullptr, a.x_row, depth, a.features - p.column0};
+  }
+  const S* weight = static_cast<const S*>(a.weight) + p.columns0 * a.features;
+  if constexpr (PRODUCT == LinearProduct::kForward) {
+    return {weight + p.column0 * a.features, nullptr, a.features, depth, p.columns - p.column0};
+  }
+  return {weight + p.column0, nullptr, a.features, depth, a.features - p.column0};
+}
+
+__device__ inline unsigned pair_bits(float low, float high, __half) {
+  const __half pair[2] = {from_float<__half>(low), from_float<__half>(high)};
+  return reinterpret_cast<const unsigned&>(pair);
+}
+__device__ inline unsigned pair_bits(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat16 pair[2] = {from_float<__nv_bfloat16>(low), from_float<__nv_bfloat16>(high)};
+  return reinterpret_cast<const unsigned&>(pair);
+}
+
+// Stores a tile's sums at to[row * stride + column] as S, for rows and columns below the limits.
+template <class S, class TILE>
+__device__ inline void store_tile(const float (&c)[TILE::kTilesM][TILE::kTilesN][4], S* to, int64_t stride,
+                                  int64_t rows, int64_t columns) {
+  const Place<TILE> at;
+  const uint64_t bits = reinterpret_cast<uint64_t>(to) | static_cast<uint64_t>(stride) * sizeof(S);
+#pragma unroll
+  for (int i = 0; i < TILE::kTilesM; ++i) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const int row = at.row(i, k);
+      if constexpr (sizeof(S) == 4) {
+#pragma unroll
+        for (int j = 0; j < TILE::kTilesN; ++j) {
+          const int column = at.column(j, 0);
+          S* place = to + row * stride + column;
+          if (row >= rows || column >= columns) continue;
+          if (bits % 8 == 0 && column + 2 <= columns) {
+            *reinterpret_cast<float2*>(place) = float2{c[i][j][k], c[i][j][k + 1]};
+          } else {
+            place[0] = c[i][j][k];
+            if (column + 1 < columns) place[1] = c[i][j][k + 1];
+          }
+        }
+      } else {
+        // The four lanes of a row hold two columns each of four mma tiles. Exchanged, each holds eight neighbours: one
+        // store of 16 bytes, and whole sectors of 32 bytes a row.
+        static_assert(TILE::kTilesN == 4);
+        unsigned word[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) word[j] = pair_bits(c[i][j][k], c[i][j][k + 1], S{});
+        const int quad = at.lane % 4;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 1 ? word[j] : word[j + 1], 1);
+          (quad & 1 ? word[j] : word[j + 1]) = got;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 2 ? word[j] : word[j + 2], 2);
+          (quad & 2 ? word[j] : word[j + 2]) = got;
+        }
+        const int column = at.column0 + 8 * quad;
+        S* place = to + row * stride + column;
+        if (row >= rows) continue;
+        if (bits % 16 == 0 && column + 8 <= columns) {
+          *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            if (column + e < columns) place[e] = reinterpret_cast<const S(&)[2]>(word[e / 2])[e % 2];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class S, class TILE, LinearProduct PRODUCT>
+__device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
+                                     float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
+  if constexpr (PRODUCT == LinearProduct::kForward) {
+    const Place<TILE> at;
+    const int64_t rows = a.batch - p.row0, columns = p.columns - p.column0;
+    const int64_t first = p.columns0 + p.column0, offset = p.row0 * a.columns + first;
+    if (a.bias) {
+#pragma unroll
+      for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int column = at.column(j, k);
+          if (column >= columns) continue;
+          const float bias = load_as_float(a.bias, a.bias_type, first + column);
+#pragma unroll
+          for (int i = 0; i < TILE::kTilesM; ++i) c[i][j][k] += bias, c[i][j][k + 2] += bias;
+        }
+      }
+    }
+    if (a.z) store_tile<S, TILE>(c, static_cast<S*>(a.z) + offset, a.columns, rows, columns);
+    if (a.activation != Activation::kNone) {
+#pragma unroll
+      for (int i = 0; i < TILE::kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) c[i][j][k] = activate(a.activation, c[i][j][k]);
+        }
+      }
+    }
+    store_tile<S, TILE>(c, static_cast<S*>(a.out) + offset, a.columns, rows, columns);
+  } else if constexpr (PRODUCT == LinearProduct::kInput) {
+    S* to = static_cast<S*>(a.out) + p.row0 * a.out_row + p.unit * a.features + p.column0;
+    store_tile<S, TILE>(c, to, a.out_row, a.batch - p.row0, a.features - p.column0);
+  } else {
+    const int64_t offset = (p.slice * a.columns + p.columns0 + p.row0) * a.features + p.column0;
+    const int64_t rows = p.columns - p.row0, columns = a.features - p.column0;
+    if (a.exact) {
+      store_tile<float, TILE>(c, static_cast<float*>(a.out) + offset, a.features, rows, columns);
+    } else {
+      store_tile<S, TILE>(c, static_cast<S*>(a.out) + offset, a.features, rows, columns);
+    }
+  }
+}
+
+// The sums over the batch of the gradients in dW's left panels: each thread adds the chunks that it loads.
+template <class S, class PANEL, class LOADER, int THREADS>
+struct ColumnSums {
+  static constexpr int kVec = PANEL::kVec;
+  float sum[kVec] = {};
+
+  __device__ void add(const unsigned char* panel) {
+#pragma unroll
+    for (int i = 0; i < LOADER::kEach; ++i) {
+      const S* chunk = reinterpret_cast<const S*>(PANEL::chunk(panel, LOADER::row(i), LOADER::column(i)));
+      float value[kVec];
+      load<kVec>(chunk, value);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[e] += value[e];
+    }
+  }
+
+  // Adds the threads' sums in order; uses shared memory that every thread is done with.
+  __device__ void store(const LinearArgs& a, const LinearPart& p, float* shared) const {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) shared[threadIdx.x * kVec + e] = sum[e];
+    __syncthreads();  // every thread's sums are there
+    const int column = threadIdx.x;
+    if (column >= PANEL::kChunks * kVec || p.row0 + column >= p.columns) return;
+    float total = 0.0f;
+    for (int t = 0; t < THREADS; t += PANEL::kChunks) total += shared[t * kVec + column];
+    const int64_t at = p.slice * a.columns + p.columns0 + p.row0 + column;
+    if (a.exact) {
+      static_cast<float*>(a.dbias)[at] = total;
+    } else {
+      static_cast<S*>(a.dbias)[at] = from_float<S>(total);
+    }
+  }
+};
+
+template <class S, class TILE, LinearProduct PRODUCT>
+struct LinearPanels {
+  using Left = Panel<S, TILE::kM, PRODUCT == LinearProduct::kWeight>;
+  using Right = Panel<S, TILE::kN, PRODUCT != LinearProduct::kForward>;
+  static constexpr int kStage = Left::kBytes + Right::kBytes, kBytes = kGemmStages * kStage;
+};
+
+template <class S, class TILE, LinearProduct PRODUCT>
+__global__ void __launch_bounds__(TILE::kThreads) expert_linear_kernel(const __grid_constant__ LinearArgs a) {
+  extern __shared__ float4 shared_memory[];
+  using Panels = LinearPanels<S, TILE, PRODUCT>;
+  using Left = typename Panels::Left;
+  using Right = typename Panels::Right;
+  using LeftLoader = PanelLoader<S, Left, TILE::kThreads>;
+  auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
+  const LinearPart part = linear_part<TILE, PRODUCT>(a);
+  const LeftLoader left(linear_left<S, PRODUCT>(a, part));
+  const PanelLoader<S, Right, TILE::kThreads> right(linear_right<S, PRODUCT>(a, part, left.from.depth));
+  const int64_t steps = (left.from.depth + Left::kDepth - 1) / Left::kDepth;
+  const bool copy_left = left.by_hardware(), copy_right = right.by_hardware();
+  const bool sum_columns = PRODUCT == LinearProduct::kWeight && a.dbias && part.column0 == 0;
+
+  float c[TILE::kTilesM][TILE::kTilesN][4] = {};
+  ColumnSums<S, Left, LeftLoader, TILE::kThreads> sums;
+  typename LeftLoader::Fetched fetched;
+  const auto stage_of = [&](int64_t step) { return stages + step % kGemmStages * Panels::kStage; };
+  const auto begin_load = [&](int64_t step) {
+    unsigned char* stage = stage_of(step);
+    if (copy_left) {
+      left.copy(step, stage);
+    } else {
+      left.fetch(step, fetched);
+    }
+    if (copy_right) {
+      right.copy(step, stage + Left::kBytes);
+    } else {
+      typename PanelLoader<S, Right, TILE::kThreads>::Fetched now;
+      right.fetch(step, now);
+      right.put(now, Activation::kNone, stage + Left::kBytes);
+    }
+  };
+  const auto end_load = [&](int64_t step) {
+    if (!copy_left) left.put(fetched, a.activation, stage_of(step));
+  };
+
+  for (int64_t step = 0; step < kGemmStages - 1; ++step) {
+    if (step < steps) {
+      begin_load(step);
+      end_load(step);
+    }
+    cp_async_commit();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t next = step + kGemmStages - 1;
+    cp_async_wait<kGemmStages - 2>();
+    __syncthreads();  // this step's panels are complete, and the last one's are read
+    if (next < steps) begin_load(next);
+    cp_async_commit();
+    const unsigned char* stage = stage_of(step);
+    if (sum_columns) sums.add(stage);
+    if constexpr (sizeof(S) == 4) {
+      multiply_exactly<TILE, Left, Right>(stage, stage + Left::kBytes, c);
+    } else {
+      multiply<S, TILE, Left, Right>(stage, stage + Left::kBytes, c);
+    }
+    if (next < steps) end_load(next);  // what was fetched had the product's time to arrive
+  }
+  linear_finish<S, TILE, PRODUCT>(a, part, c);
+  if (sum_columns) {
+    __syncthreads();  // the last panels are read
+    sums.store(a, part, reinterpret_cast<float*>(shared_memory));
+  }
+}
+
+constexpr int kSliceThreads = 256;
+
+// out[i] = partials[0][i] + partials[1][i] + ..., for few slices of many sums.
+static __global__ void __launch_bounds__(kSliceThreads)
+    sum_slices_kernel(const float* partials, int64_t slices, int64_t size, void* out, Scalar type) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSliceThreads + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int64_t s = 0; s < slices; ++s) sum += partials[s * size + i];
+  store_float(out, type, i, sum);
+}
+
+}  // namespace mtl
