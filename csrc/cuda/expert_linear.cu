@@ -1,6 +1,7 @@
 // expert_linear and expert_linear_backward on CUDA tensors: checks, allocation, launch.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -58,10 +59,11 @@ struct LinearCall {
     args.x_unit = x.dim() == 3 ? x.stride(1) : 0;
     args.out_row = units * args.features;
     args.activation = activation_from(activation);
-    // The largest number of tiles that any of the products has.
+    // Offsets are 64 bit; sizes, and the number of tiles that any of the products has, are not.
     const int64_t tiles = (args.batch / 64 + 1) * ((args.columns + args.out_row) / 64 + 2 * units);
-    STD_TORCH_CHECK(tiles < INT32_MAX && args.columns / 64 * (args.features / 64) < INT32_MAX / 512,
-                    "expert_linear: fewer than 2^31 tiles of 64x64 were expected");
+    STD_TORCH_CHECK(std::max({args.batch, args.columns, args.features, tiles}) < INT32_MAX - 1024 &&
+                        (args.columns / 64 + units) * (args.features / 64 + 1) < INT32_MAX / 512,
+                    "x, weight: B, E * N, K and the number of 64x64 tiles below 2^31 were expected");
   }
 
   // float32 weights beside 16-bit x are rounded once here, not by every tile that reads them.
@@ -115,7 +117,7 @@ void parameter_gradients(LinearCall& call, Tensor& dweight, Tensor& dbias, bool 
   const int64_t size = args.columns * args.features;
   if (args.columns == 0 || (size == 0 && !with_bias)) return;
   const LinearPlan plan = call.plan(LinearProduct::kWeight);
-  args.slice_rows = plan.slice_rows;
+  args.slice_rows = static_cast<int>(plan.slice_rows);
   args.exact = plan.slices > 1 || call.parameter_type == Scalar::f32;
   std::vector<Tensor> keep;
   args.out = args.dbias = nullptr;

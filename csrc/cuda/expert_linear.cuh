@@ -14,11 +14,11 @@
 
 namespace mtl {
 
-// A block's part of the work.
+// A block's part of the work. Sizes fit in 31 bits, offsets do not.
 struct LinearPart {
-  int64_t unit, columns0, columns;  // the unit, its first column among all E * N, its columns
-  int64_t row0, column0;            // of the tile in the unit's product
-  int64_t slice;
+  int unit, columns0, columns;  // the unit, its first column among all E * N, its columns
+  int row0, column0;            // of the tile in the unit's product
+  int slice;
 };
 
 template <class TILE, LinearProduct PRODUCT>
@@ -31,47 +31,50 @@ __device__ inline LinearPart linear_part(const LinearArgs& a) {
   }
   LinearPart part;
   part.unit = a.first_unit + low;
-  part.columns0 = a.expert[low] * a.outputs;
-  part.columns = (a.expert[low + 1] - a.expert[low]) * a.outputs;
-  const int64_t width = PRODUCT == LinearProduct::kForward ? part.columns : a.features, local = block - a.tile[low];
-  const int64_t across = width > TILE::kN ? (width + TILE::kN - 1) / TILE::kN : 1;
+  part.columns0 = a.expert[low] * static_cast<int>(a.outputs);
+  part.columns = (a.expert[low + 1] - a.expert[low]) * static_cast<int>(a.outputs);
+  const int width = PRODUCT == LinearProduct::kForward ? part.columns : static_cast<int>(a.features);
+  const int across = width > TILE::kN ? (width - 1) / TILE::kN + 1 : 1, local = block - a.tile[low];
   // Neighbouring blocks share their rows: x, or the gradient, comes from memory once and from the cache afterwards.
   part.column0 = local % across * TILE::kN;
-  part.row0 = local / across * TILE::kM;
+  int line = local / across;
   part.slice = 0;
   if constexpr (PRODUCT == LinearProduct::kWeight) {
-    const int64_t down = (part.columns + TILE::kM - 1) / TILE::kM * TILE::kM;
-    part.slice = part.row0 / down;
-    part.row0 %= down;
+    const int down = (part.columns - 1) / TILE::kM + 1;
+    part.slice = line / down;
+    line %= down;
   }
+  part.row0 = line * TILE::kM;
   return part;
 }
 
 template <class S, LinearProduct PRODUCT>
 __device__ inline Operand<S> linear_left(const LinearArgs& a, const LinearPart& p) {
+  const int batch = static_cast<int>(a.batch), features = static_cast<int>(a.features);
   if constexpr (PRODUCT == LinearProduct::kForward) {
-    return {static_cast<const S*>(a.x) + p.unit * a.x_unit + p.row0 * a.x_row, nullptr, a.x_row, a.features,
-            a.batch - p.row0};
+    const S* x = static_cast<const S*>(a.x) + p.unit * a.x_unit + p.row0 * a.x_row;
+    return {x, nullptr, a.x_row, features, batch - p.row0};
   }
   const bool down = PRODUCT == LinearProduct::kWeight;
-  const int64_t batch0 = down ? p.slice * a.slice_rows : p.row0, rows = a.batch - batch0;
+  const int batch0 = down ? p.slice * a.slice_rows : p.row0, rows = batch - batch0;
   const int64_t offset = batch0 * a.columns + p.columns0 + (down ? p.row0 : 0);
   const S* saved = a.saved ? static_cast<const S*>(a.saved) + offset : nullptr;
-  const int64_t depth = !down ? p.columns : rows < a.slice_rows ? rows : a.slice_rows;
+  const int depth = !down ? p.columns : rows < a.slice_rows ? rows : a.slice_rows;
   return {static_cast<const S*>(a.grad) + offset, saved, a.columns, depth, down ? p.columns - p.row0 : rows};
 }
 
 template <class S, LinearProduct PRODUCT>
-__device__ inline Operand<S> linear_right(const LinearArgs& a, const LinearPart& p, int64_t depth) {
+__device__ inline Operand<S> linear_right(const LinearArgs& a, const LinearPart& p, int depth) {
+  const int left = static_cast<int>(a.features) - p.column0;
   if constexpr (PRODUCT == LinearProduct::kWeight) {
-    const S* x = static_cast<const S*>(a.x) + p.unit * a.x_unit + p.slice * a.slice_rows * a.x_row + p.column0;
-    return {x, nullptr, a.x_row, depth, a.features - p.column0};
+    const int64_t row = p.slice * a.slice_rows;
+    return {static_cast<const S*>(a.x) + p.unit * a.x_unit + row * a.x_row + p.column0, nullptr, a.x_row, depth, left};
   }
   const S* weight = static_cast<const S*>(a.weight) + p.columns0 * a.features;
   if constexpr (PRODUCT == LinearProduct::kForward) {
     return {weight + p.column0 * a.features, nullptr, a.features, depth, p.columns - p.column0};
   }
-  return {weight + p.column0, nullptr, a.features, depth, a.features - p.column0};
+  return {weight + p.column0, nullptr, a.features, depth, left};
 }
 
 __device__ inline unsigned pair_bits(float low, float high, __half) {
@@ -85,8 +88,8 @@ __device__ inline unsigned pair_bits(float low, float high, __nv_bfloat16) {
 
 // Stores a tile's sums at to[row * stride + column] as S, for rows and columns below the limits.
 template <class S, class TILE>
-__device__ inline void store_tile(const float (&c)[TILE::kTilesM][TILE::kTilesN][4], S* to, int64_t stride,
-                                  int64_t rows, int64_t columns) {
+__device__ inline void store_tile(const float (&c)[TILE::kTilesM][TILE::kTilesN][4], S* to, int64_t stride, int rows,
+                                  int columns) {
   const Place<TILE> at;
   const uint64_t bits = reinterpret_cast<uint64_t>(to) | static_cast<uint64_t>(stride) * sizeof(S);
 #pragma unroll
@@ -146,8 +149,9 @@ __device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
                                      float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
   if constexpr (PRODUCT == LinearProduct::kForward) {
     const Place<TILE> at;
-    const int64_t rows = a.batch - p.row0, columns = p.columns - p.column0;
-    const int64_t first = p.columns0 + p.column0, offset = p.row0 * a.columns + first;
+    const int rows = static_cast<int>(a.batch) - p.row0, columns = p.columns - p.column0;
+    const int first = p.columns0 + p.column0;
+    const int64_t offset = p.row0 * a.columns + first;
     if (a.bias) {
 #pragma unroll
       for (int j = 0; j < TILE::kTilesN; ++j) {
@@ -175,10 +179,10 @@ __device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
     store_tile<S, TILE>(c, static_cast<S*>(a.out) + offset, a.columns, rows, columns);
   } else if constexpr (PRODUCT == LinearProduct::kInput) {
     S* to = static_cast<S*>(a.out) + p.row0 * a.out_row + p.unit * a.features + p.column0;
-    store_tile<S, TILE>(c, to, a.out_row, a.batch - p.row0, a.features - p.column0);
+    store_tile<S, TILE>(c, to, a.out_row, static_cast<int>(a.batch) - p.row0, static_cast<int>(a.features) - p.column0);
   } else {
     const int64_t offset = (p.slice * a.columns + p.columns0 + p.row0) * a.features + p.column0;
-    const int64_t rows = p.columns - p.row0, columns = a.features - p.column0;
+    const int rows = p.columns - p.row0, columns = static_cast<int>(a.features) - p.column0;
     if (a.exact) {
       store_tile<float, TILE>(c, static_cast<float*>(a.out) + offset, a.features, rows, columns);
     } else {
@@ -187,32 +191,26 @@ __device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
   }
 }
 
-// The sums over the batch of the gradients in dW's left panels: each thread adds the chunks that it loads.
-template <class S, class PANEL, class LOADER, int THREADS>
+// The sums over the batch of the gradients in dW's left panels: each thread adds some rows of one column.
+template <class S, class PANEL, int COLUMNS, int THREADS>
 struct ColumnSums {
-  static constexpr int kVec = PANEL::kVec;
-  float sum[kVec] = {};
+  static constexpr int kShare = THREADS / COLUMNS, kRows = PANEL::kDepth / kShare;
+  float sum = 0.0f;
 
   __device__ void add(const unsigned char* panel) {
+    const int column = threadIdx.x % COLUMNS, row0 = threadIdx.x / COLUMNS * kRows;
 #pragma unroll
-    for (int i = 0; i < LOADER::kEach; ++i) {
-      const S* chunk = reinterpret_cast<const S*>(PANEL::chunk(panel, LOADER::row(i), LOADER::column(i)));
-      float value[kVec];
-      load<kVec>(chunk, value);
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) sum[e] += value[e];
-    }
+    for (int row = 0; row < kRows; ++row) sum += to_float(PANEL::number(panel, column, row0 + row));
   }
 
   // Adds the threads' sums in order; uses shared memory that every thread is done with.
   __device__ void store(const LinearArgs& a, const LinearPart& p, float* shared) const {
-#pragma unroll
-    for (int e = 0; e < kVec; ++e) shared[threadIdx.x * kVec + e] = sum[e];
-    __syncthreads();  // every thread's sums are there
     const int column = threadIdx.x;
-    if (column >= PANEL::kChunks * kVec || p.row0 + column >= p.columns) return;
-    float total = 0.0f;
-    for (int t = 0; t < THREADS; t += PANEL::kChunks) total += shared[t * kVec + column];
+    shared[column] = sum;
+    __syncthreads();  // every thread's sum is there
+    if (column >= COLUMNS || p.row0 + column >= p.columns) return;
+    float total = sum;
+    for (int i = 1; i < kShare; ++i) total += shared[i * COLUMNS + column];
     const int64_t at = p.slice * a.columns + p.columns0 + p.row0 + column;
     if (a.exact) {
       static_cast<float*>(a.dbias)[at] = total;
@@ -230,64 +228,68 @@ struct LinearPanels {
 };
 
 template <class S, class TILE, LinearProduct PRODUCT>
-__global__ void __launch_bounds__(TILE::kThreads) expert_linear_kernel(const __grid_constant__ LinearArgs a) {
+__global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks)
+    expert_linear_kernel(const __grid_constant__ LinearArgs a) {
   extern __shared__ float4 shared_memory[];
   using Panels = LinearPanels<S, TILE, PRODUCT>;
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
   using LeftLoader = PanelLoader<S, Left, TILE::kThreads>;
+  using RightLoader = PanelLoader<S, Right, TILE::kThreads>;
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
   const LinearPart part = linear_part<TILE, PRODUCT>(a);
   const LeftLoader left(linear_left<S, PRODUCT>(a, part));
-  const PanelLoader<S, Right, TILE::kThreads> right(linear_right<S, PRODUCT>(a, part, left.from.depth));
-  const int64_t steps = (left.from.depth + Left::kDepth - 1) / Left::kDepth;
+  const RightLoader right(linear_right<S, PRODUCT>(a, part, left.from.depth));
+  const int steps = (left.from.depth + Left::kDepth - 1) / Left::kDepth;
   const bool copy_left = left.by_hardware(), copy_right = right.by_hardware();
   const bool sum_columns = PRODUCT == LinearProduct::kWeight && a.dbias && part.column0 == 0;
 
   float c[TILE::kTilesM][TILE::kTilesN][4] = {};
-  ColumnSums<S, Left, LeftLoader, TILE::kThreads> sums;
-  typename LeftLoader::Fetched fetched;
-  const auto stage_of = [&](int64_t step) { return stages + step % kGemmStages * Panels::kStage; };
-  const auto begin_load = [&](int64_t step) {
+  ColumnSums<S, Left, TILE::kM, TILE::kThreads> sums;
+  const auto stage_of = [&](int step) { return stages + step % kGemmStages * Panels::kStage; };
+  // All of a step's panels but a left one that passes through registers.
+  const auto load = [&](int step) {
     unsigned char* stage = stage_of(step);
-    if (copy_left) {
-      left.copy(step, stage);
-    } else {
-      left.fetch(step, fetched);
-    }
-    if (copy_right) {
-      right.copy(step, stage + Left::kBytes);
-    } else {
-      typename PanelLoader<S, Right, TILE::kThreads>::Fetched now;
-      right.fetch(step, now);
-      right.put(now, Activation::kNone, stage + Left::kBytes);
-    }
-  };
-  const auto end_load = [&](int64_t step) {
-    if (!copy_left) left.put(fetched, a.activation, stage_of(step));
+    if (copy_left) left.copy(step, stage);
+    if (copy_right) return right.copy(step, stage + Left::kBytes);
+    typename RightLoader::Fetched fetched[kGemmParts];
+#pragma unroll
+    for (int i = 0; i < kGemmParts; ++i) right.fetch(step, i, fetched[i]);
+#pragma unroll
+    for (int i = 0; i < kGemmParts; ++i) right.put(fetched[i], Activation::kNone, i, stage + Left::kBytes);
   };
 
-  for (int64_t step = 0; step < kGemmStages - 1; ++step) {
+  for (int step = 0; step < kGemmStages - 1; ++step) {
     if (step < steps) {
-      begin_load(step);
-      end_load(step);
+      load(step);
+      typename LeftLoader::Fetched fetched;
+      for (int i = 0; !copy_left && i < kGemmParts; ++i) {
+        left.fetch(step, i, fetched);
+        left.put(fetched, a.activation, i, stage_of(step));
+      }
     }
     cp_async_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t next = step + kGemmStages - 1;
+  for (int step = 0; step < steps; ++step) {
+    const int next = step + kGemmStages - 1;
+    const bool more = next < steps, fetch_left = more && !copy_left;
     cp_async_wait<kGemmStages - 2>();
     __syncthreads();  // this step's panels are complete, and the last one's are read
-    if (next < steps) begin_load(next);
+    if (more) load(next);
     cp_async_commit();
     const unsigned char* stage = stage_of(step);
     if (sum_columns) sums.add(stage);
-    if constexpr (sizeof(S) == 4) {
-      multiply_exactly<TILE, Left, Right>(stage, stage + Left::kBytes, c);
-    } else {
-      multiply<S, TILE, Left, Right>(stage, stage + Left::kBytes, c);
+#pragma unroll
+    for (int i = 0; i < kGemmParts; ++i) {
+      typename LeftLoader::Fetched fetched;
+      if (fetch_left) left.fetch(next, i, fetched);
+      if constexpr (sizeof(S) == 4) {
+        multiply_exactly<TILE, Left, Right>(stage, stage + Left::kBytes, i, c);
+      } else {
+        multiply<S, TILE, Left, Right>(stage, stage + Left::kBytes, i, c);
+      }
+      if (fetch_left) left.put(fetched, a.activation, i, stage_of(next));  // it had the product's time to arrive
     }
-    if (next < steps) end_load(next);  // what was fetched had the product's time to arrive
   }
   linear_finish<S, TILE, PRODUCT>(a, part, c);
   if (sum_columns) {

@@ -28,9 +28,9 @@ struct LinearArgs {
   void* z;      // [B,E,N] or null
   void* dbias;  // as dweight, [E,N]; null if not wanted
   bool exact;   // dweight and dbias are float32: sums of a slice, or gradients of float32 weights
-  int64_t slice_rows;
-  int64_t out_row, first_unit;  // dx: U * K; the unit that this launch's first one is
-  int units;
+  int slice_rows;
+  int64_t out_row;               // dx: U * K
+  int first_unit, units;         // which of x's units this launch's first one is, and how many it has
   int expert[kLinearUnits + 1];  // first expert of each unit of this launch
   int tile[kLinearUnits + 1];    // first tile
 };

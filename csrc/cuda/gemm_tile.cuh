@@ -13,6 +13,7 @@ namespace mtl {
 
 constexpr int kGemmStages = 4;  // panels of an operand in shared memory: one in use, three on their way
 constexpr int kGemmDepthBytes = 64, kChunkBytes = 16;
+constexpr int kGemmParts = 2;  // a step's product is made in two parts of the depth
 
 // MxN numbers of the result by WARPS_M x WARPS_N warps.
 template <int M, int N, int WARPS_M, int WARPS_N>
@@ -20,6 +21,7 @@ struct GemmTile {
   static constexpr int kM = M, kN = N, kThreads = 32 * WARPS_M * WARPS_N;
   static constexpr int kWarpM = M / WARPS_M, kWarpN = N / WARPS_N, kWarpsN = WARPS_N;
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;  // of mma
+  static constexpr int kBlocks = 512 / kThreads;  // on a multiprocessor at least: 128 registers a thread
 };
 using LargeTile = GemmTile<128, 128, 2, 4>;
 using SmallTile = GemmTile<64, 64, 2, 2>;
@@ -28,6 +30,7 @@ template <class S, int SIZE, bool TRANS>
 struct Panel {
   static constexpr bool kTrans = TRANS;
   static constexpr int kVec = kChunkBytes / sizeof(S), kDepth = kGemmDepthBytes / sizeof(S);
+  static constexpr int kPart = kDepth / kGemmParts;
   static constexpr int kRows = TRANS ? kDepth : SIZE, kChunks = (TRANS ? SIZE : kDepth) / kVec;
   static constexpr int kBytes = kRows * kChunks * kChunkBytes;
 
@@ -50,26 +53,25 @@ struct Operand {
   const S* data;
   const S* saved;  // if not null, data is a gradient still to go through the activation that left these values
   int64_t stride;  // from row to row of memory
-  int64_t depth;
-  int64_t size;  // rows or columns of the result that are left
+  int depth;
+  int size;  // rows or columns of the result that are left
 };
 
-// Takes one operand's panels to shared memory. A thread moves the same kEach chunks of every panel.
+// Takes one operand's panels to shared memory. A thread moves the same kEach chunks of every panel. What does not go by
+// the hardware's copies passes through a thread's registers, a chunk in each part of the step, so that few are held.
 template <class S, class PANEL, int THREADS>
 struct PanelLoader {
   static constexpr int kVec = PANEL::kVec, kEach = PANEL::kRows * PANEL::kChunks / THREADS;
   using Chunk = Pack<S, kVec>;
   struct Fetched {
-    Chunk data[kEach], saved[kEach];
+    Chunk data, saved;
   };
+  static_assert(kEach == kGemmParts);
 
   Operand<S> from;
-  int size;
   bool aligned;  // every row starts at a multiple of 16 bytes
 
   __device__ explicit PanelLoader(const Operand<S>& operand) : from(operand) {
-    constexpr int kMost = PANEL::kTrans ? PANEL::kChunks * kVec : PANEL::kRows;
-    size = static_cast<int>(from.size < kMost ? from.size : kMost);
     const uint64_t bits = reinterpret_cast<uint64_t>(from.data) | reinterpret_cast<uint64_t>(from.saved) |
                           static_cast<uint64_t>(from.stride) * sizeof(S);
     aligned = bits % kChunkBytes == 0;
@@ -79,20 +81,20 @@ struct PanelLoader {
   __device__ static int column(int i) { return (static_cast<int>(threadIdx.x) + i * THREADS) % PANEL::kChunks; }
 
   // How many numbers of chunk i lie inside the operand, and where the first of them is.
-  __device__ int locate(int64_t step, int i, int64_t& offset) const {
-    const int64_t depth0 = step * PANEL::kDepth;
-    const int left = static_cast<int>(from.depth - depth0 < PANEL::kDepth ? from.depth - depth0 : PANEL::kDepth);
-    const int rows = PANEL::kTrans ? left : size, columns = PANEL::kTrans ? size : left;
-    const int r = row(i), c = column(i) * kVec, inside = columns - c < kVec ? columns - c : kVec;
-    if (r >= rows || inside <= 0) return 0;
-    offset = (PANEL::kTrans ? depth0 + r : r) * from.stride + (PANEL::kTrans ? c : depth0 + c);
-    return inside;
+  __device__ int locate(int step, int i, int64_t& offset) const {
+    const int depth0 = step * PANEL::kDepth;
+    const int r = PANEL::kTrans ? depth0 + row(i) : row(i), rows = PANEL::kTrans ? from.depth : from.size;
+    const int c = PANEL::kTrans ? column(i) * kVec : depth0 + column(i) * kVec;
+    const int columns = PANEL::kTrans ? from.size : from.depth;
+    if (r >= rows || c >= columns) return 0;
+    offset = r * from.stride + c;
+    return columns - c < kVec ? columns - c : kVec;
   }
 
   // The hardware copies what needs no change and is aligned; the rest passes through registers.
   __device__ bool by_hardware() const { return aligned && from.saved == nullptr; }
 
-  __device__ void copy(int64_t step, unsigned char* panel) const {
+  __device__ void copy(int step, unsigned char* panel) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       int64_t offset = 0;
@@ -109,29 +111,23 @@ struct PanelLoader {
     return chunk;
   }
 
-  __device__ void fetch(int64_t step, Fetched& to) const {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      int64_t offset = 0;
-      const int inside = locate(step, i, offset);
-      to.data[i] = read(from.data + offset, inside);
-      if (from.saved) to.saved[i] = read(from.saved + offset, inside);
-    }
+  __device__ void fetch(int step, int i, Fetched& to) const {
+    int64_t offset = 0;
+    const int inside = locate(step, i, offset);
+    to.data = read(from.data + offset, inside);
+    if (from.saved) to.saved = read(from.saved + offset, inside);
   }
 
-  __device__ void put(Fetched& fetched, Activation activation, unsigned char* panel) const {
+  __device__ void put(const Fetched& fetched, Activation activation, int i, unsigned char* panel) const {
+    Chunk chunk = fetched.data;
+    if (from.saved) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      Chunk chunk = fetched.data[i];
-      if (from.saved) {
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          const float saved = to_float(fetched.saved[i].value[e]);
-          chunk.value[e] = from_float<S>(activation_gradient(activation, to_float(chunk.value[e]), saved));
-        }
+      for (int e = 0; e < kVec; ++e) {
+        const float grad = to_float(chunk.value[e]), saved = to_float(fetched.saved.value[e]);
+        chunk.value[e] = from_float<S>(activation_gradient(activation, grad, saved));
       }
-      *reinterpret_cast<float4*>(PANEL::chunk(panel, row(i), column(i))) = reinterpret_cast<const float4&>(chunk);
     }
+    *reinterpret_cast<float4*>(PANEL::chunk(panel, row(i), column(i))) = reinterpret_cast<const float4&>(chunk);
   }
 };
 
@@ -145,24 +141,15 @@ struct Place {
   __device__ int column(int j, int k) const { return column0 + 8 * j + lane % 4 * 2 + k % 2; }
 };
 
-// c += a b, one panel of each, on tensor cores.
+// c += a b over one part of the depth of two panels, on tensor cores.
 template <class S, class TILE, class A, class B>
-__device__ inline void multiply(const unsigned char* a, const unsigned char* b,
+__device__ inline void multiply(const unsigned char* a, const unsigned char* b, int part,
                                 float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
   const Place<TILE> at;
   const int lane = at.lane, matrix = lane / 8, line = lane % 8;
 #pragma unroll
-  for (int depth = 0; depth < A::kDepth; depth += 16) {
-    uint32_t left[TILE::kTilesM][4], right[TILE::kTilesN][2];
-#pragma unroll
-    for (int i = 0; i < TILE::kTilesM; ++i) {
-      const int row = at.row0 + 16 * i;
-      if constexpr (A::kTrans) {
-        ldmatrix_trans(left[i], A::chunk(a, depth + matrix / 2 * 8 + line, row / 8 + matrix % 2));
-      } else {
-        ldmatrix(left[i], A::chunk(a, row + matrix % 2 * 8 + line, depth / 8 + matrix / 2));
-      }
-    }
+  for (int depth = part * A::kPart; depth < (part + 1) * A::kPart; depth += 16) {
+    uint32_t right[TILE::kTilesN][2];
 #pragma unroll
     for (int j = 0; j < TILE::kTilesN; j += 2) {
       const int column = at.column0 + 8 * j;
@@ -177,19 +164,26 @@ __device__ inline void multiply(const unsigned char* a, const unsigned char* b,
     }
 #pragma unroll
     for (int i = 0; i < TILE::kTilesM; ++i) {
+      const int row = at.row0 + 16 * i;
+      uint32_t left[4];
+      if constexpr (A::kTrans) {
+        ldmatrix_trans(left, A::chunk(a, depth + matrix / 2 * 8 + line, row / 8 + matrix % 2));
+      } else {
+        ldmatrix(left, A::chunk(a, row + matrix % 2 * 8 + line, depth / 8 + matrix / 2));
+      }
 #pragma unroll
-      for (int j = 0; j < TILE::kTilesN; ++j) mma<S>(c[i][j], left[i], right[j]);
+      for (int j = 0; j < TILE::kTilesN; ++j) mma<S>(c[i][j], left, right[j]);
     }
   }
 }
 
 // The same in exact float32, by multiply-add units; the sums lie where mma would leave them.
 template <class TILE, class A, class B>
-__device__ inline void multiply_exactly(const unsigned char* a, const unsigned char* b,
+__device__ inline void multiply_exactly(const unsigned char* a, const unsigned char* b, int part,
                                         float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
   const Place<TILE> at;
 #pragma unroll 4
-  for (int depth = 0; depth < A::kDepth; ++depth) {
+  for (int depth = part * A::kPart; depth < (part + 1) * A::kPart; ++depth) {
     float left[TILE::kTilesM][2], right[TILE::kTilesN][2];
 #pragma unroll
     for (int i = 0; i < TILE::kTilesM; ++i) {

@@ -1,4 +1,4 @@
-"""The CUDA kernels of expert_linear, executed on the host: every index, barrier, copy and thread order against float64."""
+"""The CUDA kernels of expert_linear, executed on the host: every index, barrier, copy and order, against float64."""
 
 import ctypes
 from dataclasses import dataclass
@@ -113,9 +113,7 @@ def run(device: Device, case: Case, inputs: dict[str, Tensor]) -> dict[str, Tens
     saved = found["z"] if case.activation in NEEDS_INPUT else found["y"]
     back = {**shared, "grad": put["grad"], "saved": saved if case.activation else None}
     device.call(device.library.input_gradient, {**back, "out": found["dx"]}, FIELDS)
-    device.call(
-        device.library.weight_gradient, {**back, "out": found["dweight"], "dbias": found["dbias"]}, FIELDS
-    )
+    device.call(device.library.weight_gradient, {**back, "out": found["dweight"], "dbias": found["dbias"]}, FIELDS)
     return found
 
 
@@ -165,3 +163,116 @@ def test_against_float64(case: Case) -> None:
     for got in results[1:]:
         for name, first in results[0].items():
             assert torch.equal(got[name], first), f"{name} depends on the order of threads"
+
+
+def test_more_units_than_a_launch_holds() -> None:
+    case = Case(4, 2, 8, (1,) * 300, F16, "relu")
+    inputs = make(case)
+    got = run(Device(build("expert_linear")), case, inputs)
+    assert_right(case, got, oracle(case, inputs, got["y"]))
+
+
+# Five steps of 32 rows in a slice, so that the last panels lie where the bias's sums go; more than one warp and tile.
+SENSITIVE = Case(300, 40, 72, (2,), F16, "relu", slice_rows=160)
+
+
+def noticed(library: Path, case: Case, **schedule: int) -> bool:
+    """Whether some order of threads gives wrong numbers or never ends."""
+    inputs = make(case)
+    for order in ("forward", "reverse", "shuffled"):
+        try:
+            got = run(Device(library, order, seed=5, **schedule), case, inputs)
+            assert_right(case, got, oracle(case, inputs, got["y"]))
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
+def test_every_barrier_and_every_wait_matters() -> None:
+    """One barrier and the wait for copies in each step, two barriers around the bias's sums."""
+    library = build("expert_linear")
+    barriers = Device(library).library.barriers()
+    assert barriers == 4
+    assert not noticed(library, SENSITIVE)
+    for barrier in range(barriers):
+        assert noticed(library, SENSITIVE, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
+
+
+WRONG = {
+    "a fragment's matrices exchanged": (
+        "gemm_tile.cuh", "A::chunk(a, depth + matrix / 2 * 8 + line, row / 8 + matrix % 2)",
+        "A::chunk(a, depth + matrix % 2 * 8 + line, row / 8 + matrix / 2)"),
+    "past the end of the depth": ("gemm_tile.cuh", "return columns - c < kVec ? columns - c : kVec;", "return kVec;"),
+    "every slice reads the first rows of x": (
+        "expert_linear.cuh", "const int64_t row = p.slice * a.slice_rows;", "const int64_t row = 0;"),
+    "a stage too few": ("expert_linear.cuh", "const int next = step + kGemmStages - 1;",
+                        "const int next = step + kGemmStages;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_index_is_noticed(wrong: str) -> None:
+    assert noticed(build("expert_linear", WRONG[wrong], "FLOAT16_ONLY"), Case(170, 36, 52, (2,), F16, slice_rows=160))
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_fragments(transposed: int) -> None:
+    """ldmatrix and mma as the manual describes their lanes, for operands stored either way: c = a b."""
+    gen = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(-8, 8, shape, generator=gen).half() for shape in ((16, 16), (16, 8)))
+    c = torch.full((16, 8), torch.nan)
+    device = Device(build("expert_linear"), "shuffled", seed=2)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
+    device.library.matrix_product(*pointers, transposed)
+    assert device.library.last_error() == b"" and device.library.bank_conflicts() == 0
+    assert torch.equal(c, a.float() @ b.float())
+
+
+def test_copies_arrive_no_sooner_than_they_must() -> None:
+    """Out of order a copy is there after the wait for its group alone; bytes past its length are zero."""
+    numbers = torch.arange(1, 9, dtype=torch.int16)
+    source = numbers[torch.arange(8)].clone()
+    assert source.data_ptr() % 16 == 0
+    for order, waits, there in (("shuffled", 1, True), ("shuffled", 0, False), ("forward", 0, True)):
+        for count in (8, 3, 0):
+            found = torch.zeros(8, dtype=torch.int16)
+            device = Device(build("expert_linear"), order)
+            pointers = ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(found.data_ptr())
+            device.library.copy_through(pointers[0], 2 * count, pointers[1], waits)
+            want = numbers * (torch.arange(8) < count) if there else torch.full_like(numbers, -1)
+            assert device.library.last_error() == b"" and torch.equal(found, want)
+
+
+def test_shared_memory_has_to_be_asked_for() -> None:
+    library = Device(build("expert_linear")).library
+    for asked, allowed, fits in ((48, 0, True), (49, 0, False), (64, 64, True), (100, 200, False)):
+        library.ask_for_shared(1024 * asked, 1024 * allowed)
+        assert (library.last_error() == b"") == fits, (asked, allowed)
+
+
+def plan(product: int, batch: int, outputs: int, features: int, experts: list[int], tensor_cores: bool = True):
+    """large, slices, rows of a slice."""
+    found = (ctypes.c_int64 * 3)()
+    counts = (ctypes.c_int64 * len(experts))(*experts)
+    sizes = [ctypes.c_int64(n) for n in (batch, outputs, features)]
+    library = Device(build("expert_linear")).library
+    library.plan(product, *sizes, counts, ctypes.c_int64(len(experts)), int(tensor_cores), found)
+    return tuple(found)
+
+
+def test_plan() -> None:
+    """Large tiles where they fill a GPU without waste; slices of the batch for dweight alone, as many as fill it."""
+    assert plan(0, 16384, 256, 512, [2] * 8) == (1, 1, 16384)
+    assert plan(0, 16384, 6, 512, [1] * 8)[0] == 0  # six columns of a tile
+    assert plan(0, 16384, 64, 512, [1] * 8)[0] == 0  # half of a large tile would be idle
+    assert plan(0, 256, 256, 512, [2] * 8)[0] == 0  # 64 large tiles
+    assert plan(0, 16384, 256, 512, [2] * 8, tensor_cores=False)[0] == 0
+    large, slices, rows = plan(2, 16384, 256, 512, [2] * 8)
+    assert large == 1 and slices == 2 and rows * slices == 16384
+    large, slices, rows = plan(2, 16384, 6, 512, [1])
+    assert large == 0 and slices == 32 and rows == 512
+    for batch in (0, 1, 511, 512, 1000, 12345, 1 << 20):
+        for product in range(3):
+            _, slices, rows = plan(product, batch, 48, 80, [3, 0, 1])
+            assert slices * rows >= batch and (slices - 1) * rows < max(batch, 1) and rows % 32 == 0
+            assert slices == 1 or product == 2 and rows >= 512

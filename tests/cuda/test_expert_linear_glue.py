@@ -10,9 +10,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ops.cases import GRAD_LAYOUTS, LINEAR, TOLERANCE, Linear, close, layouts, over, random_grad
+
 from mtlkernels.reference.expert_linear import ACTIVATIONS
 from mtlkernels.reference.expert_linear import expert_linear as reference
-from ops.cases import GRAD_LAYOUTS, LINEAR, TOLERANCE, Linear, close, layouts, over, random_grad
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NEEDS_INPUT = ("gelu", "silu")
@@ -154,7 +155,7 @@ def test_nan_stays_in_its_row(ops, activation: str, dtype: torch.dtype) -> None:
     clean = torch.ones(70, 3, dtype=torch.bool)
     clean[3, 2] = False
     assert torch.equal(y_dirty[clean], y[clean])
-    kept, kept_dirty = ((z, z_dirty) if activation == "silu" else (y, y_dirty))
+    kept, kept_dirty = (z, z_dirty) if activation == "silu" else (y, y_dirty)
     grad_dirty = grad.clone()
     grad_dirty[3, 2] = torch.nan
     dx, _, _ = ops.expert_linear_backward(grad, x, weight, kept, [2, 1], activation, 1)

@@ -231,17 +231,26 @@ inline void run_block(int threads, size_t shared_bytes) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_fiber, 0);
   }
+  // In order, a warp runs as far ahead of the others as it can; shuffled, all go on together.
+  const int warps = (threads + kWarp - 1) / kWarp, groups = order == Order::shuffled ? 1 : warps;
   const std::vector<int> ids = permutation(threads, blockIdx.x);
   bool alive = true;
   while (alive && error.empty()) {
     bool moved = false;
-    for (const int i : ids) {
-      Fiber& fiber = block.fibers[i];
-      if (fiber.done || fiber.waits_at >= 0) continue;
-      resume(i);
-      moved = true;
+    for (int group = 0; group < groups && error.empty(); ++group) {
+      const int from = group * kWarp, to = groups == 1 ? threads : std::min(from + kWarp, threads);
+      bool again = true;
+      while (again && error.empty()) {
+        for (int i = from; i < to; ++i) {
+          Fiber& fiber = block.fibers[ids[i]];
+          if (fiber.done || fiber.waits_at >= 0) continue;
+          resume(ids[i]);
+          moved = true;
+        }
+        again = false;
+        for (int w = 0; w < threads; w += kWarp) again |= release(w, std::min(w + kWarp, threads), true);
+      }
     }
-    for (int w = 0; w < threads; w += kWarp) moved |= release(w, std::min(w + kWarp, threads), true);
     alive = std::any_of(block.fibers.begin(), block.fibers.end(), [](const Fiber& f) { return !f.done; });
     if (alive && !moved && !release(0, threads, false))
       fail("threads wait for ever: a barrier or shuffle is not reached by all");

@@ -46,7 +46,7 @@ void run(const Problem& p) {
   a.z = pointer<void>(p.z);
   a.dbias = pointer<void>(p.dbias);
   a.out_row = p.units * p.features;
-  a.slice_rows = plan.slice_rows;
+  a.slice_rows = static_cast<int>(plan.slice_rows);
   const auto type = static_cast<mtl::Scalar>(p.parameter_type);
   a.exact = type == mtl::Scalar::f32;
   if (plan.slices == 1) return mtl::launch_linear<S, PRODUCT>(a, plan, experts, 0);
@@ -64,9 +64,11 @@ void run(const Problem& p) {
 template <mtl::LinearProduct PRODUCT>
 void run_any(const Problem* p) {
   emulation::error.clear();
-  if (p->type == static_cast<int64_t>(mtl::Scalar::f32)) run<float, PRODUCT>(*p);
   if (p->type == static_cast<int64_t>(mtl::Scalar::f16)) run<__half, PRODUCT>(*p);
+#ifndef FLOAT16_ONLY
+  if (p->type == static_cast<int64_t>(mtl::Scalar::f32)) run<float, PRODUCT>(*p);
   if (p->type == static_cast<int64_t>(mtl::Scalar::bf16)) run<__nv_bfloat16, PRODUCT>(*p);
+#endif
 }
 
 // c [16,8] = a [16,16] b [16,8] by one warp, the operands through ldmatrix as stored, or stored transposed.
