@@ -86,59 +86,74 @@ __device__ inline unsigned pair_bits(float low, float high, __nv_bfloat16) {
   return reinterpret_cast<const unsigned&>(pair);
 }
 
-// Stores a tile's sums at to[row * stride + column] as S, for rows and columns below the limits.
+// Stores strip i of a tile, 16 rows of every warp, at to[row * stride + column] as S, below the limits.
 template <class S, class TILE>
-__device__ inline void store_tile(const float (&c)[TILE::kTilesM][TILE::kTilesN][4], S* to, int64_t stride, int rows,
-                                  int columns) {
+__device__ inline void store_strip(const float (&c)[TILE::kTilesN][4], int i, S* to, int64_t stride, int rows,
+                                   int columns) {
   const Place<TILE> at;
   const uint64_t bits = reinterpret_cast<uint64_t>(to) | static_cast<uint64_t>(stride) * sizeof(S);
 #pragma unroll
-  for (int i = 0; i < TILE::kTilesM; ++i) {
+  for (int k = 0; k < 4; k += 2) {
+    const int row = at.row(i, k);
+    if constexpr (sizeof(S) == 4) {
 #pragma unroll
-    for (int k = 0; k < 4; k += 2) {
-      const int row = at.row(i, k);
-      if constexpr (sizeof(S) == 4) {
-#pragma unroll
-        for (int j = 0; j < TILE::kTilesN; ++j) {
-          const int column = at.column(j, 0);
-          S* place = to + row * stride + column;
-          if (row >= rows || column >= columns) continue;
-          if (bits % 8 == 0 && column + 2 <= columns) {
-            *reinterpret_cast<float2*>(place) = float2{c[i][j][k], c[i][j][k + 1]};
-          } else {
-            place[0] = c[i][j][k];
-            if (column + 1 < columns) place[1] = c[i][j][k + 1];
-          }
-        }
-      } else {
-        // The four lanes of a row hold two columns each of four mma tiles. Exchanged, each holds eight neighbours: one
-        // store of 16 bytes, and whole sectors of 32 bytes a row.
-        static_assert(TILE::kTilesN == 4);
-        unsigned word[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) word[j] = pair_bits(c[i][j][k], c[i][j][k + 1], S{});
-        const int quad = at.lane % 4;
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 1 ? word[j] : word[j + 1], 1);
-          (quad & 1 ? word[j] : word[j + 1]) = got;
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 2 ? word[j] : word[j + 2], 2);
-          (quad & 2 ? word[j] : word[j + 2]) = got;
-        }
-        const int column = at.column0 + 8 * quad;
+      for (int j = 0; j < TILE::kTilesN; ++j) {
+        const int column = at.column(j, 0);
         S* place = to + row * stride + column;
-        if (row >= rows) continue;
-        if (bits % 16 == 0 && column + 8 <= columns) {
-          *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
+        if (row >= rows || column >= columns) continue;
+        if (bits % 8 == 0 && column + 2 <= columns) {
+          *reinterpret_cast<float2*>(place) = float2{c[j][k], c[j][k + 1]};
         } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) {
-            if (column + e < columns) place[e] = reinterpret_cast<const S(&)[2]>(word[e / 2])[e % 2];
-          }
+          place[0] = c[j][k];
+          if (column + 1 < columns) place[1] = c[j][k + 1];
         }
+      }
+    } else {
+      // The four lanes of a row hold two columns each of four mma tiles. Exchanged, each holds eight neighbours: one
+      // store of 16 bytes, and whole sectors of 32 bytes a row.
+      static_assert(TILE::kTilesN == 4);
+      unsigned word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = pair_bits(c[j][k], c[j][k + 1], S{});
+      const int quad = at.lane % 4;
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 1 ? word[j] : word[j + 1], 1);
+        (quad & 1 ? word[j] : word[j + 1]) = got;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const unsigned got = __shfl_xor_sync(0xffffffffu, quad & 2 ? word[j] : word[j + 2], 2);
+        (quad & 2 ? word[j] : word[j + 2]) = got;
+      }
+      const int column = at.column0 + 8 * quad;
+      S* place = to + row * stride + column;
+      if (row >= rows) continue;
+      if (bits % 16 == 0 && column + 8 <= columns) {
+        *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
+      } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (column + e < columns) place[e] = reinterpret_cast<const S(&)[2]>(word[e / 2])[e % 2];
+        }
+      }
+    }
+  }
+}
+
+// Calls body(i, strip i) for every strip of sums. The loop is not unrolled, for the compiler would work on all strips
+// at a time and run out of registers; the sums move up instead, because registers have no index.
+template <class TILE, class Body>
+__device__ inline void each_strip(float (&c)[TILE::kTilesM][TILE::kTilesN][4], Body body) {
+#pragma unroll 1
+  for (int i = 0; i < TILE::kTilesM; ++i) {
+    body(i, c[0]);
+#pragma unroll
+    for (int next = 1; next < TILE::kTilesM; ++next) {
+#pragma unroll
+      for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) c[next - 1][j][k] = c[next][j][k];
       }
     }
   }
@@ -147,47 +162,49 @@ __device__ inline void store_tile(const float (&c)[TILE::kTilesM][TILE::kTilesN]
 template <class S, class TILE, LinearProduct PRODUCT>
 __device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
                                      float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
+  using Strip = float (&)[TILE::kTilesN][4];
   if constexpr (PRODUCT == LinearProduct::kForward) {
     const Place<TILE> at;
     const int rows = static_cast<int>(a.batch) - p.row0, columns = p.columns - p.column0;
     const int first = p.columns0 + p.column0;
     const int64_t offset = p.row0 * a.columns + first;
-    if (a.bias) {
+    float bias[TILE::kTilesN][2] = {};
+#pragma unroll
+    for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int column = at.column(j, k);
+        if (a.bias && column < columns) bias[j][k] = load_as_float(a.bias, a.bias_type, first + column);
+      }
+    }
+    each_strip<TILE>(c, [&](int i, Strip strip) {
 #pragma unroll
       for (int j = 0; j < TILE::kTilesN; ++j) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int column = at.column(j, k);
-          if (column >= columns) continue;
-          const float bias = load_as_float(a.bias, a.bias_type, first + column);
-#pragma unroll
-          for (int i = 0; i < TILE::kTilesM; ++i) c[i][j][k] += bias, c[i][j][k + 2] += bias;
-        }
+        for (int k = 0; k < 4; ++k) strip[j][k] += bias[j][k % 2];
       }
-    }
-    if (a.z) store_tile<S, TILE>(c, static_cast<S*>(a.z) + offset, a.columns, rows, columns);
-    if (a.activation != Activation::kNone) {
+      if (a.z) store_strip<S, TILE>(strip, i, static_cast<S*>(a.z) + offset, a.columns, rows, columns);
 #pragma unroll
-      for (int i = 0; i < TILE::kTilesM; ++i) {
+      for (int j = 0; j < TILE::kTilesN; ++j) {
 #pragma unroll
-        for (int j = 0; j < TILE::kTilesN; ++j) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) c[i][j][k] = activate(a.activation, c[i][j][k]);
-        }
+        for (int k = 0; k < 4; ++k) strip[j][k] = activate(a.activation, strip[j][k]);
       }
-    }
-    store_tile<S, TILE>(c, static_cast<S*>(a.out) + offset, a.columns, rows, columns);
+      store_strip<S, TILE>(strip, i, static_cast<S*>(a.out) + offset, a.columns, rows, columns);
+    });
   } else if constexpr (PRODUCT == LinearProduct::kInput) {
     S* to = static_cast<S*>(a.out) + p.row0 * a.out_row + p.unit * a.features + p.column0;
-    store_tile<S, TILE>(c, to, a.out_row, static_cast<int>(a.batch) - p.row0, static_cast<int>(a.features) - p.column0);
+    const int rows = static_cast<int>(a.batch) - p.row0, columns = static_cast<int>(a.features) - p.column0;
+    each_strip<TILE>(c, [&](int i, Strip strip) { store_strip<S, TILE>(strip, i, to, a.out_row, rows, columns); });
   } else {
     const int64_t offset = (p.slice * a.columns + p.columns0 + p.row0) * a.features + p.column0;
     const int rows = p.columns - p.row0, columns = static_cast<int>(a.features) - p.column0;
-    if (a.exact) {
-      store_tile<float, TILE>(c, static_cast<float*>(a.out) + offset, a.features, rows, columns);
-    } else {
-      store_tile<S, TILE>(c, static_cast<S*>(a.out) + offset, a.features, rows, columns);
-    }
+    each_strip<TILE>(c, [&](int i, Strip strip) {
+      if (a.exact) {
+        store_strip<float, TILE>(strip, i, static_cast<float*>(a.out) + offset, a.features, rows, columns);
+      } else {
+        store_strip<S, TILE>(strip, i, static_cast<S*>(a.out) + offset, a.features, rows, columns);
+      }
+    });
   }
 }
 
@@ -227,8 +244,9 @@ struct LinearPanels {
   static constexpr int kStage = Left::kBytes + Right::kBytes, kBytes = kGemmStages * kStage;
 };
 
+// Exact float32 keeps more numbers on their way; it gets the registers of one block fewer.
 template <class S, class TILE, LinearProduct PRODUCT>
-__global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks)
+__global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 4))
     expert_linear_kernel(const __grid_constant__ LinearArgs a) {
   extern __shared__ float4 shared_memory[];
   using Panels = LinearPanels<S, TILE, PRODUCT>;
