@@ -20,6 +20,13 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
     STD_TORCH_CHECK(launch_error == cudaSuccess, "launch of " #kernel ": ", cudaGetErrorString(launch_error)); \
   } while (0)
 
+// Dynamic shared memory beyond 48 KiB has to be asked for.
+#define MTL_ALLOW_SHARED(kernel, bytes)                                                                               \
+  do {                                                                                                                \
+    const cudaError_t allow_error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); \
+    STD_TORCH_CHECK(allow_error == cudaSuccess, "shared memory of " #kernel ": ", cudaGetErrorString(allow_error));   \
+  } while (0)
+
 namespace mtl {
 
 using torch::stable::accelerator::DeviceGuard;

@@ -2,70 +2,21 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "launch.h"
+#include "glue.h"
 #include "mix_launch.cuh"
 
 namespace mtl {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Units = std::optional<std::vector<int64_t>>;
-
 enum Needs : int64_t { kExperts = 1, kLogits = 2, kStatic = 4 };
-
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-}
-
-Scalar scalar_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::f32;
-    case ScalarType::Half:
-      return Scalar::f16;
-    case ScalarType::BFloat16:
-      return Scalar::bf16;
-    case ScalarType::Double:
-      return Scalar::f64;
-    default:
-      STD_TORCH_CHECK(false, name, ": a floating-point tensor was expected, got scalar type ",
-                      static_cast<int>(tensor.scalar_type()));
-  }
-  return Scalar::f32;
-}
-
-// Runs `body` with a value of the storage type of the experts.
-template <class Body>
-void dispatch(Scalar type, Body body) {
-  switch (type) {
-    case Scalar::f32:
-      return body(float{});
-    case Scalar::f16:
-      return body(__half{});
-    case Scalar::bf16:
-      return body(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, "experts: float32, bfloat16 or float16 was expected, got float64");
-  }
-}
 
 // D must be contiguous, the outer strides are free. A dimension of size one or zero may carry any stride.
 Tensor with_contiguous_last(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 3, name, ": three dimensions were expected, got ", tensor.dim());
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-void check_companion(const Optional& tensor, const Tensor& experts, const char* name) {
-  if (!tensor) return;
-  STD_TORCH_CHECK(same_device(*tensor, experts), name, ": expected on the device of experts");
 }
 
 void check_dim(const Optional& tensor, int64_t dim, const char* name) {
@@ -157,12 +108,6 @@ struct Call {
   }
 };
 
-float* allocate_floats(const Tensor& like, int64_t n, std::vector<Tensor>& keep) {
-  if (n == 0) return nullptr;
-  keep.push_back(empty(like, {n}, ScalarType::Float));
-  return static_cast<float*>(keep.back().mutable_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> mix(const Tensor& experts, Optional logits, Optional stat, Optional mask, Optional columns,
                                Units native) {
   Call call(experts, logits, stat, mask, columns, native);
@@ -185,7 +130,7 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, Optional logits, Optional 
     a.weight_output = args.experts * args.width;
     a.weight_input = args.width;
     a.out = out.mutable_data_ptr();
-    dispatch(call.type, [&](auto s) { launch_channel_mix<decltype(s)>(a, stream); });
+    dispatch(call.type, "experts", [&](auto s) { launch_channel_mix<decltype(s)>(a, stream); });
     return {out, lse};
   }
   std::vector<Tensor> keep;
@@ -193,7 +138,7 @@ std::tuple<Tensor, Tensor> mix(const Tensor& experts, Optional logits, Optional 
   args.lse = logits ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const MixPlan plan = prepare_mix(args, call.type, false);
   args.scratch = allocate_floats(experts, plan.blocks * plan.scratch_floats, keep);
-  dispatch(call.type, [&](auto s) { launch_mix_forward<decltype(s)>(args, plan, call.type, stream); });
+  dispatch(call.type, "experts", [&](auto s) { launch_mix_forward<decltype(s)>(args, plan, call.type, stream); });
   return {out, lse};
 }
 
@@ -234,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad, Optional gra
       a.weight_output = args.width;
       a.weight_input = args.experts * args.width;
       a.out = dexperts.mutable_data_ptr();
-      dispatch(call.type, [&](auto s) { launch_channel_mix<decltype(s)>(a, stream); });
+      dispatch(call.type, "experts", [&](auto s) { launch_channel_mix<decltype(s)>(a, stream); });
     }
     if (need_static) {
       a.outputs = args.tasks;
@@ -248,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad, Optional gra
       a.splits = channel_splits(a.batch, a.outputs, a.inputs, a.width);
       const int64_t size = call.stat->numel();
       a.partials = allocate_floats(experts, a.splits * size, keep);
-      dispatch(call.type, [&](auto s) { launch_channel_mix_dweight<decltype(s)>(a, stream); });
+      dispatch(call.type, "experts", [&](auto s) { launch_channel_mix_dweight<decltype(s)>(a, stream); });
       launch_sum_partials(a.partials, a.splits, size, dstatic.mutable_data_ptr(), args.stat_type, stream);
     }
     return {dexperts, dlogits, dstatic};
@@ -272,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad, Optional gra
   args.scratch = allocate_floats(experts, plan.blocks * plan.scratch_floats, keep);
   args.partials = allocate_floats(experts, plan.blocks * args.num_static, keep);
   if (plan.blocks > 0) {
-    dispatch(call.type, [&](auto s) { launch_mix_backward<decltype(s)>(args, plan, call.type, stream); });
+    dispatch(call.type, "experts", [&](auto s) { launch_mix_backward<decltype(s)>(args, plan, call.type, stream); });
   }
   if (need_static) {
     launch_sum_partials(args.partials, plan.blocks, args.num_static, dstatic.mutable_data_ptr(), args.stat_type,

@@ -22,10 +22,11 @@ ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
 
 @functools.cache
-def build(source: str, change: tuple[str, str, str] | None = None) -> Path:
+def build(source: str, change: tuple[str, str, str] | None = None, define: str = "") -> Path:
     """The library built of tests/emulation/<source>.cpp, compiled once for each content of the sources.
 
     change: (file of csrc/cuda, text that occurs once in it, what to put there), for a kernel that is wrong on purpose.
+    define: a macro for the source, which may leave out with it what takes long to compile.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -37,10 +38,10 @@ def build(source: str, change: tuple[str, str, str] | None = None) -> Path:
         name, old, new = change
         assert files[name].count(old) == 1, f"{old!r} occurs {files[name].count(old)} times in {name}"
         files[name] = files[name].replace(old, new)
-    # The emulated launch.h takes the place of the real one.
+    # The emulated launch.h and primitives.cuh take the place of the real ones.
     files |= {f.name: f.read_text() for f in sorted(EMULATION.iterdir())}
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *([f"-D{define}"] if define else [])]
     key = hashlib.sha256(repr((sorted(files.items()), flags, torch.__version__)).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"mtlkernels-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -7,11 +7,11 @@
 #include "cuda.h"
 
 #undef MTL_LAUNCH
-#define MTL_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                      \
-  do {                                                                                      \
-    emulation::error.clear();                                                               \
-    emulation::launch([&] { (kernel)(__VA_ARGS__); }, blocks, threads, shared_bytes);       \
-    STD_TORCH_CHECK(emulation::error.empty(), "launch of " #kernel ": ", emulation::error); \
+#define MTL_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...)                                            \
+  do {                                                                                                            \
+    emulation::error.clear();                                                                                     \
+    emulation::launch([&] { (kernel)(__VA_ARGS__); }, blocks, threads, shared_bytes, emulation::address(kernel)); \
+    STD_TORCH_CHECK(emulation::error.empty(), "launch of " #kernel ": ", emulation::error);                       \
   } while (0)
 
 using cudaStream_t = void*;

@@ -7,6 +7,7 @@
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(mtlkernels_emulated, CPU, m, C10_UID)
 
 #include "esmm_loss.cu"
+#include "expert_linear.cu"
 #include "library.cpp"
 #include "masked_bce.cu"
 #include "mix.cu"
