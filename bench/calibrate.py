@@ -144,6 +144,12 @@ def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
     return max(rates[0]["gflops"] for name, rates in row["gemm"].items() if name in wanted)
 
 
+def rates(rows: list[dict[str, Any]], dtype: torch.dtype) -> tuple[float, float]:
+    """GFLOP/s as `best_rate`, and GB/s of a copy, with as many threads as torch uses now."""
+    row = next(row for row in rows if row["threads"] == torch.get_num_threads())
+    return best_rate(rows, dtype), row["copy_gb_s"]
+
+
 def main() -> None:
     """Prints the ceilings as a table and, with --out, leaves them as JSON."""
     from rich.console import Console

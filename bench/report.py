@@ -81,3 +81,32 @@ def _noise(difference: float) -> str:
     if not is_noisy(difference):
         return text
     return f"NOISY: {text}, more than {NOISE_LIMIT:.0%}: run again on a quiet machine"
+
+
+def operator_table(rows: list[dict[str, Any]], dtype: str) -> Table:
+    """Every operator beside the plain ways to compute the same."""
+    noise = [row["control_difference"] for row in rows if is_noisy(row["control_difference"])]
+    caption = f"{len(noise)} of {len(rows)} rows are noisy (~): ours timed twice differs by more than {NOISE_LIMIT:.0%}"
+    table = Table(title=f"operators, {dtype}", caption=caption)
+    for head in ("operator", "shape", "what", "ours\nms", "formula /\nours", "rival /\nours", "share", "beyond\nMiB"):
+        table.add_column(head, justify="left" if head in ("operator", "shape", "what") else "right", no_wrap=True)
+    before = None
+    for row in rows:
+        name = f"{row['op']}/{row['form']}" if row["form"] else row["op"]
+        ratios = [_ratio(value) for value in row["ratio"].values()]
+        beyond = (row["beyond_mib"] or {}).get(OURS)
+        table.add_row(
+            name if name != before else "",
+            row["name"],
+            row["what"],
+            ("~" if is_noisy(row["control_difference"]) else "") + f"{row['ms'][OURS]['median']:.3f}",
+            *(ratios + [""])[:2],
+            "" if row["share"] is None else f"{row['share']:.0%}",
+            "" if beyond is None else f"{beyond:.0f}",
+        )
+        before = name
+    return table
+
+
+def _ratio(value: float | None) -> str:
+    return "check FAILED" if value is None else f"{value:.2f}x"
