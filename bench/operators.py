@@ -125,7 +125,7 @@ def measure(
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
     label |= {"dtype": str(dtype).removeprefix("torch.")}
-    chosen = describe(subject.op, backend, torch.device(device), dtype).splitlines()[0].split(": ")[1].split(" ")[0]
+    chosen = describe(subject.op, backend, torch.device(device), dtype).partition(": ")[2].split()[0]
     rows = []
     for what in whats:
         steps, modes = {}, {}
@@ -203,7 +203,9 @@ def main() -> int:
     console, began = report.console(), time.perf_counter()
     dtypes = [getattr(torch, name) for name in args.dtype.split(",")]
     seconds = 0.0 if args.small else 0.2 if args.quick else 1.0
-    ceilings = calibrate.ceilings(tuple(dict.fromkeys([torch.float32, *dtypes])), args.device, seconds=seconds / 5)
+    sizes = calibrate.SMALL_SIZES if args.small else None
+    dtypes_once = tuple(dict.fromkeys([torch.float32, *dtypes]))
+    ceilings = calibrate.ceilings(dtypes_once, args.device, seconds=seconds / 5, sizes=sizes)
     only = args.only.split(",") if args.only else None
     there = {subject.op for subject in available()}
     missing = sorted({subject.op for subject in SUBJECTS} - there)
@@ -224,16 +226,21 @@ def main() -> int:
             console.print(f"{subject.name}, {name}, {dtype}: {kind}: {reason}", markup=False)
             continue
         result["rows"] += [{"name": name, **row} for row in rows]
+        _write(args.out, result)  # after each: a run that is cut off leaves what it has
     wrong = [row for row in result["rows"] if not row["check"][OURS]["ok"]]
     for dtype in args.dtype.split(","):
         console.print(report.operator_table([row for row in result["rows"] if row["dtype"] == dtype], dtype))
     if missing:
         console.print(f"not there yet: {', '.join(missing)}")
     result["seconds"] = time.perf_counter() - began
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    _write(args.out, result)
     console.print(f"{args.out}, {result['seconds']:.0f} s")
     return 1 if wrong or result["failed"] else 0
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -110,3 +110,20 @@ def operator_table(rows: list[dict[str, Any]], dtype: str) -> Table:
 
 def _ratio(value: float | None) -> str:
     return "check FAILED" if value is None else f"{value:.2f}x"
+
+
+def tile_table(rows: list[dict[str, Any]]) -> Table:
+    """The best tile found beside the usual one. A gain below the control's difference is none."""
+    table = Table(title="tiles of the Triton kernels", caption="~: no more than the usual tile differs from itself")
+    for head in ("kernel", "shape", "dtype", "usual", "best", "ms", "gain", "tried"):
+        table.add_column(head, justify="right" if head in ("ms", "gain") else "left", no_wrap=True)
+    for row in rows:
+        start = (row["kernel"], row["shape_name"], row["dtype"], "/".join(map(str, row["usual"])))
+        tried = f"{row['tried']}/{row['of']}" + (f", {len(row['wrong'])} WRONG" if row["wrong"] else "")
+        if row["best"] is None:
+            table.add_row(*start, "usual is WRONG", "", "", tried)
+            continue
+        best = next(r["ms"]["median"] for r in row["rows"] if tuple(r["tile"]) == tuple(row["best"]))
+        gain = ("~" if row["gain"] - 1 <= row["control_difference"] else "") + f"{row['gain']:.2f}x"
+        table.add_row(*start, "/".join(map(str, row["best"])), f"{best:.4f}", gain, tried)
+    return table
