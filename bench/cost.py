@@ -1,16 +1,19 @@
-"""What a call has to do at least: floating-point operations, and bytes that must cross the memory bus once.
+"""What a call has to do at least, and on which backend it ran: both from watching the dispatcher ops that it ran.
 
-One multiply-add counts 2, an exponential 1; every tensor is read or written once, caches hold the rest. Time over the
-larger of operations / rate and bytes / bandwidth is what `share` in the tables says.
+Time over the larger of operations / rate and bytes / bandwidth is what "share" in the tables says.
 """
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.subjects import Operands, Subject
+from bench.subjects import Operands
+
+_BACKENDS = {"mtlkernels": "native", "mtlkernels_triton": "triton"}
 
 
 class Cost(NamedTuple):
@@ -27,41 +30,35 @@ class Floor(NamedTuple):
     by: str
 
 
-def cost(subject: Subject, operands: Operands, out: Tensor, backward: bool) -> Cost | None:
-    """The cost of one call, forward or forward and backward, and None where there is no formula for it."""
-    found = _from_library(subject, operands, backward)
-    if found is not None:
-        return found
-    flops = _FLOPS.get(subject.op)
-    if flops is None:
-        return None
-    size = sum(v.numel() * v.element_size() for v in operands.values() if isinstance(v, Tensor))
-    written = out.numel() * out.element_size()
-    gradients = sum(operands[name].numel() * operands[name].element_size() for name in subject.leaves)
-    return Cost(flops(operands, out) * (3 if backward else 1), size + written + backward * (size + written + gradients))
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: list[tuple[str, str, tuple]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace in _BACKENDS:
+            self.ours.append((func.namespace, func._schema.name.partition("::")[2], args))
+        return func(*args, **(kwargs or {}))
 
 
-def _from_library(subject: Subject, operands: Operands, backward: bool) -> Cost | None:
-    """From mtlkernels.costs, once there is such a module: the only place that knows how it is called."""
+def watched(call: Callable[[], Any]) -> tuple[str, Cost | None]:
+    """The backend whose operators `call` ran, and their cost: None on the reference, or where one has no formula."""
+    with _Watch() as watch:
+        call()
+    if not watch.ours:
+        return "reference", None
+    return " + ".join(dict.fromkeys(_BACKENDS[namespace] for namespace, _, _ in watch.ours)), _total(watch.ours)
+
+
+def _total(calls: list[tuple[str, str, tuple]]) -> Cost | None:
     if importlib.util.find_spec("mtlkernels.costs") is None:
         return None
-    return None
-
-
-def _expert_linear(o: Operands, out: Tensor) -> int:
-    return 2 * out.numel() * o["weight"].shape[2]
-
-
-def _mix(o: Operands, out: Tensor) -> int:
-    """A packed gate has a weight for each row's own experts only."""
-    softmax = 4 * o["logits"].numel() if "logits" in o else 0
-    routes = o.get("routes")
-    rows = out.shape[1] if routes is None else 1
-    weights = o["experts"].shape[1] if routes is None else routes.num_routes
-    return 2 * len(out) * rows * weights * out.shape[2] + softmax
-
-
-_FLOPS: dict[str, Any] = {"expert_linear": _expert_linear, "mix": _mix}
+    formulas = importlib.import_module("mtlkernels.costs")
+    try:
+        found = [formulas.cost(name, *args) for _, name, args in calls]
+    except KeyError:
+        return None
+    return Cost(sum(one.flops for one in found), sum(one.bytes for one in found))
 
 
 def floor(cost: Cost | None, gemm_gflops: float, copy_gb_s: float) -> Floor | None:
@@ -74,4 +71,4 @@ def floor(cost: Cost | None, gemm_gflops: float, copy_gb_s: float) -> Floor | No
 
 def nbytes(operands: Operands) -> int:
     """The bytes of all tensors among the operands."""
-    return sum(v.numel() * v.element_size() for v in operands.values() if isinstance(v, torch.Tensor))
+    return sum(v.numel() * v.element_size() for v in operands.values() if isinstance(v, Tensor))

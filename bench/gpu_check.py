@@ -32,7 +32,10 @@ _LEAST = 5.0  # seconds: with less left, a part is not begun
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its command, its time limit, and the JSON file (or, for tests, JUnit file) that it leaves."""
+    """One process: its command, its time limit, and the JSON file (or, for tests, JUnit file) that it leaves.
+
+    `out` is relative to the repository, where the command runs.
+    """
 
     name: str
     command: list[str]
@@ -91,9 +94,10 @@ def _architecture() -> str:
 
 def run(part: Part, limit: float) -> dict[str, Any]:
     """Runs one part; its status, seconds, what it left, and on failure the end of what it printed."""
-    part.out.parent.mkdir(parents=True, exist_ok=True)
-    part.out.unlink(missing_ok=True)
-    log, began = part.out.with_suffix(".log"), time.perf_counter()
+    out = record.ROOT / part.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    log, began = out.with_suffix(".log"), time.perf_counter()
     environment = {**os.environ, **part.environment, "PYTHONUNBUFFERED": "1"}
     options = {"stderr": subprocess.STDOUT, "cwd": record.ROOT, "env": environment, "start_new_session": True}
     with log.open("w") as output:
@@ -108,7 +112,7 @@ def run(part: Part, limit: float) -> dict[str, Any]:
     entry: dict[str, Any] = {"status": status, "seconds": round(time.perf_counter() - began, 1), **record.sources()}
     entry |= {"command": [word.replace(sys.executable, "python") for word in part.command]}
     try:
-        found = outcomes(part.out) if part.out.suffix == ".xml" else json.loads(part.out.read_text())
+        found = outcomes(out) if out.suffix == ".xml" else json.loads(out.read_text())
     except (OSError, ValueError) as error:
         found = None
         if status == "passed":
@@ -116,7 +120,9 @@ def run(part: Part, limit: float) -> dict[str, Any]:
     if isinstance(found, dict) and found.get("status") == "skipped":
         status, reason = "skipped", found["reason"]
     entry |= {"status": status, "result": found} | ({"reason": reason} if reason else {})
-    return entry | ({"tail": log.read_text().splitlines()[-30:]} if status == "failed" else {})
+    if status == "failed":
+        entry["tail"] = log.read_text(errors="replace").replace(f"{record.ROOT}/", "").splitlines()[-30:]
+    return entry
 
 
 def _verdict(returncode: int) -> tuple[str, str]:
@@ -162,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = record.name_for(machine, datetime.date.today())
     path = args.out or (record.RESULTS if args.device == "cuda" else Path("bench/out")) / default
     began, failed = time.perf_counter(), []
-    for part in parts(args.parts.split(","), args.device, args.small, Path("bench/out/gpu-check").resolve(), args.tests):
+    for part in parts(args.parts.split(","), args.device, args.small, Path("bench/out/gpu-check"), args.tests):
         left = part.limit if args.limit is None else min(part.limit, args.limit - (time.perf_counter() - began))
         print(f"gpu-check: {part.name} ...", flush=True)
         if left < _LEAST:

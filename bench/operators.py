@@ -24,13 +24,12 @@ from torch import Tensor
 import mtlkernels as mtl
 from bench import calibrate, report
 from bench.contest import LIMITS, OURS, Check, relative_error
-from bench.cost import cost, floor, nbytes
+from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
 from bench.shapes import SHAPES, SWEEP, tiny
 from bench.subjects import SUBJECTS, Draw, Operands, Shape, Subject, available, find
 from bench.timing import control_difference, interleaved
-from mtlkernels.backend import describe
 
 FORMULA = "plain formula"
 FORWARD, BOTH = "forward", "fwd + bwd"
@@ -125,7 +124,6 @@ def measure(
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
     label |= {"dtype": str(dtype).removeprefix("torch.")}
-    chosen = describe(subject.op, backend, torch.device(device), dtype).partition(": ")[2].split()[0]
     rows = []
     for what in whats:
         steps, modes = {}, {}
@@ -141,7 +139,7 @@ def measure(
             control=OURS,
             hide_launch=True,
         )
-        spent = cost(subject, operands, expected[0].to(dtype), what == BOTH)
+        chosen, spent = watched(step(calls[OURS], sets[0], subject.leaves, grad, what))
         least = None if ceilings is None else floor(spent, *calibrate.rates(ceilings, dtype))
         kept = expected[:1] if what == FORWARD else expected[1:]
         kept_bytes = sum(tensor.numel() for tensor in kept) * dtype.itemsize
