@@ -1,6 +1,6 @@
 """Compiles the kernels in place, for gpu-check, and says what came out.
 
-    python -m bench.build --out FILE
+python -m bench.build --out FILE
 """
 
 import argparse

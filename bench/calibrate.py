@@ -211,7 +211,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each product (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated, on a GPU tf32 too (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="some, on a GPU tf32 too (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny products: a dry run of the whole path")
     parser.add_argument("--out", type=Path, help="JSON file to write")

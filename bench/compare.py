@@ -2,8 +2,8 @@
 
     python -m bench.compare A B [--all]
 
-Shown are the figures whose 20 to 80 % ranges do not overlap and whose medians differ by more than the noise limit (or all
-of them), the parts that ended differently, and the tests that began or ceased to fail.
+Shown are the figures whose 20 to 80 % ranges do not overlap and whose medians differ by more than the noise limit (with
+--all every figure), the parts that ended differently, and the tests that began or ceased to fail.
 """
 
 import argparse

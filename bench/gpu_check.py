@@ -1,6 +1,7 @@
 """Builds, tests and measures on this machine's GPU, part by part, into one results file.
 
-    python -m bench.gpu_check [--parts build,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE] [--device cpu --small]
+    python -m bench.gpu_check [--parts build,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE]
+    python -m bench.gpu_check --device cpu --small      a dry run without a GPU
     python -m bench.gpu_check --combine A B --out C
 
 Every part is a process of its own with a time limit, so that a crash, a hang or a poisoned CUDA context costs that part

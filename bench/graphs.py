@@ -31,8 +31,9 @@ def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def captured(calls: Sequence[Callable[[], Any]], device: str, *, dynamic: bool) -> tuple[Callable[[], Any], str]:
-    """The calls in rotation, and how they run: "graph" (each captured once and replayed), "events", or "clock" on a CPU.
+    """The calls in rotation, and how they run.
 
+    That is "graph" (each captured once, and replayed), "events", or on a CPU "clock".
     dynamic: they ask the GPU for sizes, which a graph cannot do. What cannot be captured for another reason is run as
     it is, too, and the mode says why.
     """

@@ -170,7 +170,9 @@ def _beyond(subject: Subject, variant: str, label: dict[str, Any], what: str, ke
     return None if peak is None else max(0.0, peak - kept / MIB)
 
 
-def build_step(subject: str, variant: str, what: str, shape: Shape, dtype: str, device: str) -> tuple[Callable, Callable]:
+def build_step(
+    subject: str, variant: str, what: str, shape: Shape, dtype: str, device: str
+) -> tuple[Callable, Callable]:
     """A step and its release, for `bench.memory`."""
     found = find(subject)
     operands, grad = prepare(found, shape, getattr(torch, dtype), device)

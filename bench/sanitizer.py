@@ -1,6 +1,6 @@
 """compute-sanitizer over `bench.small_calls`: bad addresses, races in shared memory, unset memory, bad barriers.
 
-    python -m bench.sanitizer [--tools memcheck,racecheck,initcheck,synccheck] [--out bench/out/sanitizer.json]
+python -m bench.sanitizer [--tools memcheck,racecheck,initcheck,synccheck] [--out bench/out/sanitizer.json]
 """
 
 import argparse

@@ -192,7 +192,10 @@ def _norm(shape: Shape, draw: Draw) -> Operands:
     domains, width = shape["P"], shape["D"]
     operands = {"x": draw.normal(shape["B"], width), "domain": draw.below(domains, shape["B"])}
     operands |= {"weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width)}
-    operands |= {"domain_weight": 1 + draw.normal(domains, width, scale=0.1), "domain_bias": draw.normal(domains, width)}
+    operands |= {
+        "domain_weight": 1 + draw.normal(domains, width, scale=0.1),
+        "domain_bias": draw.normal(domains, width),
+    }
     size = (domains, width)
     zeros, ones = (torch.full(size, value, device=draw.device) for value in (0.0, 1.0))
     return operands | {"running_mean": zeros, "running_var": ones}

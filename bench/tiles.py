@@ -36,7 +36,11 @@ def gemm_candidates(
         _powers(16, _most(m, most)), _powers(16, _most(n, most)), _powers(16, 128), (4, 8), (2, 3, 4, 5)
     ):
         fits = (rows + columns) * depth * itemsize * stages <= shared << 10
-        if fits and 32 * warps <= rows * columns <= _REGISTERS * 32 * warps and depth <= max(16, power_of_two(k or 128)):
+        if (
+            fits
+            and 32 * warps <= rows * columns <= _REGISTERS * 32 * warps
+            and depth <= max(16, power_of_two(k or 128))
+        ):
             found.append(GemmConfig(rows, columns, depth, warps, stages))
     return _nearest_first(found, usual)
 

@@ -134,7 +134,9 @@ def linear_problems(name: str, shape: dict[str, int], dtype: torch.dtype, device
     ]
 
 
-def search(problem: Problem, device: str, budget: float, *, limit: int | None = None, small: bool = False) -> dict[str, Any]:
+def search(
+    problem: Problem, device: str, budget: float, *, limit: int | None = None, small: bool = False
+) -> dict[str, Any]:
     """Tries tiles for `budget` seconds (`limit` of them at most) and times the best beside the usual one."""
     until = time.perf_counter() + 0.7 * budget
     args, options, usual = problem.picked()
