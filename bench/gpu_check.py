@@ -61,6 +61,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
         cuda["MTLKERNELS_CUDA_ARCHS"] = _architecture()
     calibrated = [*python, "bench.calibrate", *on, "--seconds", "0.02" if small else "0.5", *least]
     calibrated += ["--dtype", dtypes if device == "cpu" else "float32,tf32,bfloat16,float16"]
+    beside = least or ["--memory", "--backends", "native,triton"]
     step = [*python, "bench.step", *on, *(least or ["--dtype", dtypes, "--seconds", "8"])]
     tune = [*python, "bench.tune", *(["--interpret"] if device == "cpu" else ["--budget", "420"])]
     commands = {
@@ -69,7 +70,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
         "slow": ([*pytest, "-m", "slow", *tests], 570, {}),
         "sanitizer": ([*python, "bench.sanitizer"], 570, {}),
         "ceilings": (calibrated, 90, {}),
-        "operators": ([*python, "bench.operators", *on, "--dtype", dtypes, *(least or ["--memory"])], 400, {}),
+        "operators": ([*python, "bench.operators", *on, "--dtype", dtypes, *beside], 400, {}),
         "step": (step, 300, {}),
         "tune": (tune, 540, {}),
     }

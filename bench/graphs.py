@@ -30,17 +30,14 @@ def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     return lambda: next(turn)()
 
 
-def captured(calls: Sequence[Callable[[], Any]], device: str, *, dynamic: bool) -> tuple[Callable[[], Any], str]:
+def captured(calls: Sequence[Callable[[], Any]], device: str) -> tuple[Callable[[], Any], str]:
     """The calls in rotation, and how they run.
 
-    That is "graph" (each captured once, and replayed), "events", or on a CPU "clock".
-    dynamic: they ask the GPU for sizes, which a graph cannot do. What cannot be captured for another reason is run as
-    it is, too, and the mode says why.
+    That is "graph" (each captured once, and replayed), "events" where they cannot be captured, with the reason, or on a
+    CPU "clock".
     """
     if torch.device(device).type != "cuda":
         return rotating(calls), "clock"
-    if dynamic:
-        return rotating(calls), "events"
     try:
         return rotating([_graph(call) for call in calls]), "graph"
     except Exception as error:  # an operation that no graph takes: torch raises several types for these
@@ -51,9 +48,16 @@ def captured(calls: Sequence[Callable[[], Any]], device: str, *, dynamic: bool) 
 def _graph(call: Callable[[], Any]) -> Callable[[], None]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
     with torch.cuda.stream(side):
-        for _ in range(3):  # what is done once only, such as compiling and choosing algorithms, before the capture
+        for _ in range(2):  # what is done once only, such as compiling and choosing algorithms
             call()
+        # A call that asks the GPU for a size raises here, and not in the middle of a capture.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

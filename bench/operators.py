@@ -1,6 +1,6 @@
 """Every operator beside its plain formula and, where there is one, the natural plain way to compute the same.
 
-    python -m bench.operators [--quick] [--only mix,expert_mix] [--dtype float32,bfloat16] [--out bench/out/operators.json]
+    python -m bench.operators [--quick] [--only mix,expert_mix] [--dtype float32,bfloat16] [--out FILE]
 
 Forward is without gradients, as in serving; fwd + bwd is what training pays. A time is set against ours only if output
 and gradients of both agreed with float64 in the same run. "share" is the least time that the machine's measured copy
@@ -28,26 +28,39 @@ from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
 from bench.shapes import SHAPES, SWEEP, tiny
-from bench.subjects import SUBJECTS, Draw, Operands, Shape, Subject, available, find
+from bench.subjects import FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
 from bench.timing import control_difference, interleaved
 
-FORMULA = "plain formula"
 FORWARD, BOTH = "forward", "fwd + bwd"
 Call = Callable[[Operands], Tensor]
 
 
-def variants(subject: Subject, backend: str = "auto") -> dict[str, Call]:
-    """Ours, the formula of the reference backend, and the subject's rival."""
+def on_backend(subject: Subject, name: str) -> Call:
+    """The subject's call on the backend of this name."""
 
-    def under(name: str) -> Call:
-        def call(operands: Operands) -> Tensor:
-            with mtl.use_backend(name):
-                return subject.call(operands)
+    def call(operands: Operands) -> Tensor:
+        with mtl.use_backend(name):
+            return subject.call(operands)
 
-        return call
+    return call
 
-    found = {OURS: under(backend), FORMULA: under("reference")}
+
+def variants(subject: Subject) -> dict[str, Call]:
+    """Ours on the backend that auto takes, the formula of the reference backend, and the subject's rival."""
+    found = {OURS: on_backend(subject, "auto"), FORMULA: on_backend(subject, "reference")}
     return found if subject.rival is None else found | {subject.rival[0]: subject.rival[1]}
+
+
+def can_run(subject: Subject, backend: str, operands: Operands) -> bool:
+    """Whether the backend takes these operands; errors other than its refusal come through."""
+    try:
+        with torch.no_grad():
+            on_backend(subject, backend)(copied(operands))
+    except ValueError as error:
+        if "cannot run" in str(error):
+            return False
+        raise
+    return True
 
 
 def copied(operands: Operands, leaves: tuple[str, ...] = (), dtype: torch.dtype | None = None) -> Operands:
@@ -77,21 +90,27 @@ def step(call: Call, operands: Operands, leaves: tuple[str, ...], grad: Tensor, 
 
 def check(call: Call, operands: Operands, grad: Tensor, expected: list[Tensor], subject: Subject) -> Check:
     """Output and gradients of `call` against `expected`, those of float64."""
-    own = copied(operands, subject.leaves)
-    out = call(own)
-    gradients = torch.autograd.grad(out, [own[name] for name in subject.leaves], grad.to(out.dtype))
-    limits = LIMITS[next(own[name].dtype for name in subject.leaves)]
-    errors = [relative_error(f, e) for f, e in zip((out, *gradients), expected, strict=True)]
-    worst = max(range(len(gradients)), key=lambda i: errors[i + 1])
-    ok = errors[0] <= limits[0] and errors[worst + 1] <= limits[1]
-    return Check(errors[0], errors[worst + 1], subject.leaves[worst], ok)
+    found = results(call, copied(operands, subject.leaves), grad, subject.leaves[: len(expected) - 1])
+    limits = LIMITS[operands[subject.leaves[0]].dtype]
+    output, *gradients = [relative_error(f, e) for f, e in zip(found, expected, strict=True)]
+    worst, name = max(zip(gradients, subject.leaves, strict=False), default=(0.0, ""))
+    return Check(output, worst, name, output <= limits[0] and worst <= limits[1])
 
 
-def truth(subject: Subject, operands: Operands, grad: Tensor) -> list[Tensor]:
-    """Output and gradients by the plain formula in float64."""
-    exact = copied(operands, subject.leaves, torch.float64)
-    out = variants(subject)[FORMULA](exact)
-    return [out, *torch.autograd.grad(out, [exact[name] for name in subject.leaves], grad.double())]
+def results(call: Call, operands: Operands, grad: Tensor, leaves: tuple[str, ...]) -> list[Tensor]:
+    """Output, and the gradients of `leaves`; without these nothing is kept for a backward pass."""
+    with torch.set_grad_enabled(bool(leaves)):
+        out = call(operands)
+    if not leaves:
+        return [out]
+    return [out, *torch.autograd.grad(out, [operands[name] for name in leaves], grad.to(out.dtype))]
+
+
+def truth(subject: Subject, operands: Operands, grad: Tensor, whats: tuple[str, ...] = (FORWARD, BOTH)) -> list[Tensor]:
+    """Output and, where they are measured, gradients by the plain formula in float64."""
+    leaves = subject.leaves if BOTH in whats else ()
+    exact = copied(operands, leaves, torch.float64)
+    return results(on_backend(subject, "reference"), exact, grad, leaves)
 
 
 def prepare(subject: Subject, shape: Shape, dtype: torch.dtype, device: str) -> tuple[Operands, Tensor]:
@@ -112,14 +131,18 @@ def measure(
     seconds: float = 1.0,
     min_rounds: int = 5,
     ceilings: list[dict[str, Any]] | None = None,
-    backend: str = "auto",
+    backends: tuple[str, ...] = (),
     memory: bool = False,
     whats: tuple[str, ...] = (FORWARD, BOTH),
 ) -> list[dict[str, Any]]:
-    """One row for forward and one for forward and backward; ValueError or TypeError where ours refuses the operands."""
+    """One row for forward and one for forward and backward; ValueError or TypeError where ours refuses the operands.
+
+    backends: those of ours to measure as well, each where it can run, beside the one that auto takes.
+    """
     operands, grad = prepare(subject, shape, dtype, device)
-    expected = truth(subject, operands, grad)
-    calls = variants(subject, backend)
+    expected = truth(subject, operands, grad, whats)
+    calls = variants(subject)
+    calls |= {name: on_backend(subject, name) for name in backends if can_run(subject, name, operands)}
     checks = {name: check(call, operands, grad, expected, subject) for name, call in calls.items()}
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
@@ -129,7 +152,7 @@ def measure(
         steps, modes = {}, {}
         for name, call in calls.items():
             each = [step(call, own, subject.leaves, grad, what) for own in sets]
-            steps[name], modes[name] = captured(each, device, dynamic=subject.dynamic and name != OURS)
+            steps[name], modes[name] = captured(each, device)
         times = interleaved(
             steps,
             seconds=seconds,
@@ -176,7 +199,8 @@ def build_step(
     """A step and its release, for `bench.memory`."""
     found = find(subject)
     operands, grad = prepare(found, shape, getattr(torch, dtype), device)
-    return step(variants(found)[variant], copied(operands, found.leaves), found.leaves, grad, what), lambda: None
+    call = variants(found).get(variant) or on_backend(found, variant)
+    return step(call, copied(operands, found.leaves), found.leaves, grad, what), lambda: None
 
 
 def plan(only: list[str] | None, small: bool) -> Iterator[tuple[Subject, str, Shape]]:
@@ -195,7 +219,7 @@ def main() -> int:
     parser.add_argument("--only", help="operators, as in mix/gated,expert_mix (default: all there are)")
     parser.add_argument("--dtype", default="float32", help="comma-separated (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", default="auto", help="of ours (default: %(default)s)")
+    parser.add_argument("--backends", default="", help="of ours beside the one chosen, as in native,triton")
     parser.add_argument("--memory", action="store_true", help="peak memory of every call, not of the sweep alone")
     parser.add_argument("--no-sweep", action="store_true", help="without expert_mix over the number of experts")
     parser.add_argument("--out", type=Path, default=Path("bench/out/operators.json"))
@@ -207,6 +231,7 @@ def main() -> int:
     dtypes_once = tuple(dict.fromkeys([torch.float32, *dtypes]))
     ceilings = calibrate.ceilings(dtypes_once, args.device, seconds=seconds / 5, sizes=sizes)
     only = args.only.split(",") if args.only else None
+    backends = tuple(filter(None, args.backends.split(",")))
     there = {subject.op for subject in available()}
     missing = sorted({subject.op for subject in SUBJECTS} - there)
     result: dict[str, Any] = {"machine": calibrate.machine(), "quick": args.quick, "ceilings": ceilings}
@@ -216,7 +241,7 @@ def main() -> int:
         sweep = [(find("expert_mix"), name, tiny(shape) if args.small else shape) for name, shape in SWEEP.items()]
         todo += [(*entry, not args.small or args.memory, (FORWARD,)) for entry in sweep]
     for dtype, (subject, name, shape, memory, whats) in itertools.product(dtypes, todo):
-        options = {"seconds": seconds, "min_rounds": 2 if args.small else 5, "backend": args.backend, "whats": whats}
+        options = {"seconds": seconds, "min_rounds": 2 if args.small else 5, "backends": backends, "whats": whats}
         try:
             rows = measure(subject, shape, dtype=dtype, device=args.device, ceilings=ceilings, memory=memory, **options)
         except (TypeError, ValueError, RuntimeError) as error:

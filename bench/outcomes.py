@@ -9,8 +9,12 @@ _BAD = ("failure", "error")
 
 
 def outcomes(path: Path) -> dict[str, Any]:
-    """{counts, files, bad, skipped}: totals, a total for each test file, every test that failed with its message's first
-    line, and the reasons for skipping with how many tests each kept out. ValueError where `path` is no JUnit file.
+    """{counts, files, bad, skipped}.
+
+    How many tests ended how, in all and in each file; every test that failed, with the first line of its message; the
+    reasons for skipping, with how many tests each kept out.
+
+    Raises ValueError where `path` is no JUnit file.
     """
     try:
         root = ElementTree.parse(path).getroot()

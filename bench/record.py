@@ -2,8 +2,8 @@
 
     {"format": FORMAT, "created": ..., "machine": {...}, "parts": {name: {"status", "seconds", "commit", ...}}}
 
-A part that is measured again replaces its older self; the others stay. `status` is "passed", "failed" (with a reason) or
-"skipped" (with a reason). What a part measured lies under "result".
+A part that is measured again replaces its older self; the others stay. `status` is "passed", or "failed" or "skipped"
+with a reason. What a part measured lies under "result".
 """
 
 import datetime
@@ -26,7 +26,7 @@ class ResultsFileError(ValueError):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results in `path`. Raises ResultsFileError where it holds something else, FileNotFoundError without a file."""
+    """The results in `path`. Raises ResultsFileError where it holds something else, FileNotFoundError without it."""
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError as error:

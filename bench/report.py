@@ -7,7 +7,9 @@ from rich.table import Table
 
 from bench.contest import OURS
 from bench.parts import PLAIN
+from bench.subjects import FORMULA
 from bench.timing import NOISE_LIMIT, is_noisy
+from mtlkernels.backend import BACKENDS
 
 
 def console() -> Console:
@@ -88,19 +90,23 @@ def operator_table(rows: list[dict[str, Any]], dtype: str) -> Table:
     noise = [row["control_difference"] for row in rows if is_noisy(row["control_difference"])]
     caption = f"{len(noise)} of {len(rows)} rows are noisy (~): ours timed twice differs by more than {NOISE_LIMIT:.0%}"
     table = Table(title=f"operators, {dtype}", caption=caption)
-    for head in ("operator", "shape", "what", "ours\nms", "formula /\nours", "rival /\nours", "share", "beyond\nMiB"):
-        table.add_column(head, justify="left" if head in ("operator", "shape", "what") else "right", no_wrap=True)
+    others = [name for name in ("native", "triton") if any(name in row["ratio"] for row in rows)]
+    ratio_heads = [f"{name} /\nours" for name in ("formula", "rival", *others)]
+    heads = ["ours\nms", *ratio_heads, "share", "beyond\nMiB"]
+    for head in ("operator", "shape", "what", *heads):
+        table.add_column(head, justify="right" if head in heads else "left", no_wrap=True)
     before = None
     for row in rows:
         name = f"{row['op']}/{row['form']}" if row["form"] else row["op"]
-        ratios = [_ratio(value) for value in row["ratio"].values()]
+        rival = next((name for name in row["ratio"] if name not in (FORMULA, *BACKENDS)), None)
+        ratios = [_ratio(row["ratio"], variant) for variant in (FORMULA, rival, *others)]
         beyond = (row["beyond_mib"] or {}).get(OURS)
         table.add_row(
             name if name != before else "",
             row["name"],
             row["what"],
             ("~" if is_noisy(row["control_difference"]) else "") + f"{row['ms'][OURS]['median']:.3f}",
-            *(ratios + [""])[:2],
+            *ratios,
             "" if row["share"] is None else f"{row['share']:.0%}",
             "" if beyond is None else f"{beyond:.0f}",
         )
@@ -108,8 +114,10 @@ def operator_table(rows: list[dict[str, Any]], dtype: str) -> Table:
     return table
 
 
-def _ratio(value: float | None) -> str:
-    return "check FAILED" if value is None else f"{value:.2f}x"
+def _ratio(ratios: dict[str, float | None], variant: str | None) -> str:
+    if variant not in ratios:
+        return ""
+    return "check FAILED" if ratios[variant] is None else f"{ratios[variant]:.2f}x"
 
 
 def tile_table(rows: list[dict[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mtlkernels as mtl
 
+FORMULA = "plain formula"  # what the formula of the reference backend is called as a rival
 Shape = dict[str, int]
 Operands = dict[str, Any]
 
@@ -56,7 +57,6 @@ class Subject:
     call     operands -> the result, by mtlkernels.
     leaves   the operands whose gradients are wanted.
     rival    name of the natural plain way, and operands -> the same result by it.
-    dynamic  the reference or the rival asks the data for sizes, and cannot be captured as a CUDA graph.
     """
 
     op: str
@@ -65,7 +65,6 @@ class Subject:
     call: Callable[[Operands], Tensor]
     leaves: tuple[str, ...]
     rival: tuple[str, Callable[[Operands], Tensor]] | None = None
-    dynamic: bool = False
 
     @property
     def name(self) -> str:
@@ -275,9 +274,9 @@ SUBJECTS = (
             _apply("snr_linear", *_SNR, activation="relu", skip_closed=True), ("x", "weight", "bias"),
             ("one matmul of gated blocks", _one_matmul)),
     Subject("star_linear", "", _star, _apply("star_linear", *_STAR, activation="relu"),
-            ("x", "weight", "domain_weight", "bias", "domain_bias"), ("F.linear over masks", _star_by_domain), True),
+            ("x", "weight", "domain_weight", "bias", "domain_bias"), ("F.linear over masks", _star_by_domain)),
     Subject("partitioned_norm", "", _norm, _apply("partitioned_norm", *_NORM, training=True),
-            ("x", "weight", "bias", "domain_weight", "domain_bias"), ("F.batch_norm a domain", _norm_by_domain), True),
+            ("x", "weight", "bias", "domain_weight", "domain_bias"), ("F.batch_norm a domain", _norm_by_domain)),
     Subject("esmm_loss", "", _esmm, _apply("esmm_loss", *_ESMM), ("ctr_logit", "cvr_logit"),
             ("BCEWithLogits + BCE of the product", _esmm_by_probability)),
     Subject("masked_bce", "", _labels, _apply("masked_bce", "logits", "labels", "mask"), ("logits",),

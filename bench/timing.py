@@ -75,8 +75,8 @@ def interleaved(
     Each variant first runs alone for `warmup_seconds`, once at least. `control` names the variant that is timed a
     second time, under its name plus " (again)". The garbage collector rests meanwhile. On a GPU the L2 cache is
     overwritten before every sample, and CUDA events take the time. It includes what the host needs to launch the work,
-    unless `hide_launch`: then the host launches while the GPU is still overwriting the L2 cache, which takes some 60 us,
-    and what fits into these does not count. `on_round` is called after every round (a progress bar). Raises ValueError
+    unless `hide_launch`: then the host launches while the GPU still overwrites the L2 cache, some 60 us, and what fits
+    into these does not count. `on_round` is called after every round (a progress bar). Raises ValueError
     when there is no variant or `control` is not one of them.
     """
     if not variants:

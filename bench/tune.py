@@ -52,7 +52,7 @@ class Problem:
     limit: float
 
     def picked(self) -> tuple[tuple, dict, Tile]:
-        """What the launcher gives to the pick function, and what that answers; its first question where it asks twice."""
+        """What the launcher asks the pick function, and what that answers; the first question where it asks twice."""
         asked: list[tuple[tuple, dict, Tile]] = []
         usual = getattr(self.module, self.picker)
 
@@ -169,7 +169,7 @@ def search(
     times = interleaved({str(tuple(tile)): run for tile, run in runs.items()}, **timing)
     order = sorted(runs, key=lambda tile: times[str(tuple(tile))].median)
     final = {usual: runs[usual]} | {tile: runs[tile] for tile in order[:_FINAL]}
-    replays = {str(tuple(tile)): captured([run], device, dynamic=False)[0] for tile, run in final.items()}
+    replays = {str(tuple(tile)): captured([run], device)[0] for tile, run in final.items()}
     name = str(tuple(usual))
     times = interleaved(replays, **timing, control=name)
     best = min(final, key=lambda tile: times[str(tuple(tile))].median)
