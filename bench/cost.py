@@ -3,14 +3,13 @@
 Time over the larger of operations / rate and bytes / bandwidth is what "share" in the tables says.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mtlkernels
 from bench.subjects import Operands
 
 _BACKENDS = {"mtlkernels": "native", "mtlkernels_triton": "triton"}
@@ -51,9 +50,9 @@ def watched(call: Callable[[], Any]) -> tuple[str, Cost | None]:
 
 
 def _total(calls: list[tuple[str, str, tuple]]) -> Cost | None:
-    if importlib.util.find_spec("mtlkernels.costs") is None:
+    formulas = getattr(mtlkernels, "costs", None)
+    if formulas is None:
         return None
-    formulas = importlib.import_module("mtlkernels.costs")
     try:
         found = [formulas.cost(name, *args) for _, name, args in calls]
     except KeyError:

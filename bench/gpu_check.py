@@ -66,8 +66,8 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     tune = [*python, "bench.tune", *(["--interpret"] if device == "cpu" else ["--budget", "420"])]
     commands = {
         "build": ([*python, "bench.build"], 540, cuda),
-        "tests": ([*pytest, "-m", "not slow", *tests], 540, {}),
-        "slow": ([*pytest, "-m", "slow", *tests], 570, {}),
+        "tests": ([*pytest, "-m", "not slow", *tests], 540, {"OMP_NUM_THREADS": "2"}),
+        "slow": ([*pytest, "-m", "slow", *tests], 570, {"OMP_NUM_THREADS": "2"}),
         "sanitizer": ([*python, "bench.sanitizer"], 570, {}),
         "ceilings": (calibrated, 90, {}),
         "operators": ([*python, "bench.operators", *on, "--dtype", dtypes, *beside], 400, {}),
@@ -169,8 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     machine = calibrate.machine() | {"device": args.device}
     default = record.name_for(machine, datetime.date.today())
     path = args.out or (record.RESULTS if args.device == "cuda" else Path("bench/out")) / default
+    folder = Path("bench/out") / ("gpu-check-small" if args.small else "gpu-check")
     began, failed = time.perf_counter(), []
-    for part in parts(args.parts.split(","), args.device, args.small, Path("bench/out/gpu-check"), args.tests):
+    for part in parts(args.parts.split(","), args.device, args.small, folder, args.tests):
         left = part.limit if args.limit is None else min(part.limit, args.limit - (time.perf_counter() - began))
         print(f"gpu-check: {part.name} ...", flush=True)
         if left < _LEAST:

@@ -38,7 +38,8 @@ def verdict(returncode: int | None, output: str) -> dict[str, Any]:
         return {"status": "failed", "reason": "stopped at the time limit", **found}
     if returncode == 0 and errors == 0:
         return {"status": "passed", **found}
-    reason = f"{errors} errors" if errors else f"exit status {returncode}, and no summary of errors"
+    reason = f"{errors} errors" if errors else f"exit status {returncode}"
+    reason += "" if counts else ", and no summary of errors"
     return {"status": "failed", "reason": reason, **found}
 
 

@@ -12,6 +12,7 @@ from bench.shapes import tiny
 from bench.tiles import gemm_candidates, mix_candidates
 from mtlkernels.triton.config import GemmConfig, pick_gemm, pick_mix
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter: log(0), 1/0
 SHAPE = tiny({"B": 1, "U": 1, "E": 2, "K": 4, "N": 4})
 
 
