@@ -6,6 +6,9 @@
 #                         kept too. On a GPU machine without network: make gpu-check PYTHON=python3
 #   MTLKERNELS_CUDA=1     compiles the CUDA kernels everywhere, not only in cuda and gpu-check: they take minutes, and nothing
 #                         else here runs them. A plain `pip install --no-build-isolation .` compiles them wherever nvcc is found.
+#   PARTS=bench,tune      for gpu-check: some of build, tests, slow, sanitizer, bench and tune (default: all of them)
+#   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
+#                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash
@@ -17,6 +20,7 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 # Two processes of one thread each: the suite is many small tests, and two threads in each process would fight for two cores.
 WORKERS ?= 2
+PARTS ?= tests,slow,sanitizer,bench,tune
 export MTLKERNELS_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -83,12 +87,11 @@ cuda: export MTLKERNELS_CUDA := 1
 cuda: build
 	@$(PY) -c "import mtlkernels; print('CUDA kernels compiled for', *mtlkernels.build_info()['cuda_archs'])"
 
-HAS_GPU := import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch " + torch.__version__ + " sees no GPU here")
+# No part keeps the others from running. So the set-up compiles nothing, the part "build" does: first in every call, in
+# under a second where it is done already.
+gpu-check: export MTLKERNELS_NATIVE := 0
 gpu-check: $(STAMP)
-	@$(PY) -c '$(HAS_GPU)'
-	@MTLKERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace
-	$(PY) -m pytest -q -m "not slow"
-	$(PY) -m bench.step
+	$(PY) -m bench.gpu_check --parts build,$(PARTS) $(if $(LIMIT),--limit $(LIMIT)) $(if $(RESULTS),--out "$(RESULTS)")
 
 reproduce: build
 	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }

@@ -8,9 +8,11 @@ default path (MKL) reaches half of what oneDNN does.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +24,10 @@ import torch
 from bench.timing import synchronize
 
 SIZES = ((4096, 256, 256), (4096, 256, 128), (4096, 256, 2048), (2048, 2048, 2048))  # (M, K, N) of x [M,K] w [N,K]
-GPU_SIZES = SIZES + ((8192, 8192, 8192),)
-_COPY_BYTES = 256 << 20
+GPU_SIZES = SIZES + ((8192, 2048, 2048), (8192, 8192, 8192))
+SMALL_SIZES = ((64, 64, 64),)
+_COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # many times the largest cache: what is copied is never in it
+TF32 = "tf32"
 
 
 def machine() -> dict[str, Any]:
@@ -38,8 +42,11 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "mkl": torch.backends.mkl.is_available(),
         "onednn": torch.backends.mkldnn.is_available(),
+        "triton": _version("triton"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+    if torch.cuda.is_available():
+        found |= _gpu()
     try:
         import mtlkernels
 
@@ -47,6 +54,30 @@ def machine() -> dict[str, Any]:
     except ImportError:
         found["build"] = None
     return json.loads(json.dumps(found, default=str))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, Any]:
+    facts = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    return {
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "capability": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "l2_mib": facts.L2_cache_size >> 20,
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+    }
 
 
 def _cpu_model() -> str:
@@ -65,9 +96,10 @@ def _cores() -> int:
 
 def copy_bandwidth(device: str = "cpu", *, seconds: float = 0.5) -> float:
     """GB/s read and written together while copying a buffer larger than any cache."""
-    source = torch.ones(_COPY_BYTES // 4, device=device)
+    size = _COPY_BYTES[torch.device(device).type]
+    source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), seconds, device) / 1e9
+    return 2 * size / _fastest(lambda: target.copy_(source), seconds, device) / 1e9
 
 
 def gemm_paths(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
@@ -78,10 +110,16 @@ def gemm_paths(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> dict
     return paths
 
 
-def gemm_rates(dtype: torch.dtype, device: str = "cpu", *, seconds: float = 0.5) -> list[dict[str, Any]]:
+def gemm_rates(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    seconds: float = 0.5,
+    sizes: tuple[tuple[int, int, int], ...] | None = None,
+) -> list[dict[str, Any]]:
     """GFLOP/s of every size by every path that takes `dtype`, best first; `seconds` are spent on each."""
     rates = []
-    for m, k, n in SIZES if device == "cpu" else GPU_SIZES:
+    for m, k, n in sizes or (SIZES if device == "cpu" else GPU_SIZES):
         x = torch.randn(m, k, device=device).to(dtype)
         weight = torch.randn(n, k, device=device).to(dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
@@ -116,8 +154,13 @@ def ceilings(
     *,
     threads: tuple[int, ...] | None = None,
     seconds: float = 0.3,
+    tf32: bool = False,
+    sizes: tuple[tuple[int, int, int], ...] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a number of threads (by default one, and as many as torch uses now): copy GB/s and the GEMM rates."""
+    """One row a number of threads (by default one, and as many as torch uses now): copy GB/s and the GEMM rates.
+
+    tf32: a GPU's float32 products in its short float32 format, too, under that name.
+    """
     now = torch.get_num_threads()
     rows = []
     try:
@@ -125,11 +168,22 @@ def ceilings(
             torch.set_num_threads(count)
             row: dict[str, Any] = {"threads": count, "copy_gb_s": copy_bandwidth(device, seconds=seconds), "gemm": {}}
             for dtype in dtypes:
-                row["gemm"][str(dtype).removeprefix("torch.")] = gemm_rates(dtype, device, seconds=seconds)
+                row["gemm"][str(dtype).removeprefix("torch.")] = gemm_rates(dtype, device, seconds=seconds, sizes=sizes)
+            if tf32 and device != "cpu":
+                row["gemm"][TF32] = _in_tf32(lambda: gemm_rates(torch.float32, device, seconds=seconds, sizes=sizes))
             rows.append(row)
     finally:
         torch.set_num_threads(now)
     return rows
+
+
+def _in_tf32(measure: Callable[[], Any]) -> Any:
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, TF32
+    try:
+        return measure()
+    finally:
+        products.fp32_precision = before
 
 
 def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
@@ -144,6 +198,12 @@ def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
     return max(rates[0]["gflops"] for name, rates in row["gemm"].items() if name in wanted)
 
 
+def rates(rows: list[dict[str, Any]], dtype: torch.dtype) -> tuple[float, float]:
+    """GFLOP/s as `best_rate`, and GB/s of a copy, with as many threads as torch uses now."""
+    row = next(row for row in rows if row["threads"] == torch.get_num_threads())
+    return best_rate(rows, dtype), row["copy_gb_s"]
+
+
 def main() -> None:
     """Prints the ceilings as a table and, with --out, leaves them as JSON."""
     from rich.console import Console
@@ -151,17 +211,21 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each product (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="some, on a GPU tf32 too (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny products: a dry run of the whole path")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    dtypes = tuple(getattr(torch, name) for name in args.dtype.split(","))
-    rows = ceilings(dtypes, args.device, seconds=args.seconds)
+    names = args.dtype.split(",")
+    dtypes = tuple(getattr(torch, name) for name in names if name != TF32)
+    options = {"tf32": TF32 in names, "sizes": SMALL_SIZES if args.small else None}
+    rows = ceilings(dtypes, args.device, seconds=args.seconds, **options)
     table = Table(title=f"{machine()['gpu'] if args.device == 'cuda' else machine()['cpu']}: ceilings")
     for head in ("threads", "what", "size M,K,N", "path", "rate"):
         table.add_column(head, justify="right" if head in ("threads", "rate") else "left")
     for row in rows:
-        table.add_row(str(row["threads"]), "copy", f"{_COPY_BYTES >> 20} MiB", "copy_", f"{row['copy_gb_s']:.1f} GB/s")
+        size = f"{_COPY_BYTES[torch.device(args.device).type] >> 20} MiB"
+        table.add_row(str(row["threads"]), "copy", size, "copy_", f"{row['copy_gb_s']:.1f} GB/s")
         for dtype, rates in row["gemm"].items():
             for rate in rates:
                 size = f"{rate['m']}, {rate['k']}, {rate['n']}"

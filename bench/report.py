@@ -7,7 +7,9 @@ from rich.table import Table
 
 from bench.contest import OURS
 from bench.parts import PLAIN
+from bench.subjects import FORMULA
 from bench.timing import NOISE_LIMIT, is_noisy
+from mtlkernels.backend import BACKENDS
 
 
 def console() -> Console:
@@ -81,3 +83,55 @@ def _noise(difference: float) -> str:
     if not is_noisy(difference):
         return text
     return f"NOISY: {text}, more than {NOISE_LIMIT:.0%}: run again on a quiet machine"
+
+
+def operator_table(rows: list[dict[str, Any]], dtype: str) -> Table:
+    """Every operator beside the plain ways to compute the same."""
+    noise = [row["control_difference"] for row in rows if is_noisy(row["control_difference"])]
+    caption = f"{len(noise)} of {len(rows)} rows are noisy (~): ours timed twice differs by more than {NOISE_LIMIT:.0%}"
+    table = Table(title=f"operators, {dtype}", caption=caption)
+    others = [name for name in ("native", "triton") if any(name in row["ratio"] for row in rows)]
+    ratio_heads = [f"{name} /\nours" for name in ("formula", "rival", *others)]
+    heads = ["ours\nms", *ratio_heads, "share", "beyond\nMiB"]
+    for head in ("operator", "shape", "what", *heads):
+        table.add_column(head, justify="right" if head in heads else "left", no_wrap=True)
+    before = None
+    for row in rows:
+        name = f"{row['op']}/{row['form']}" if row["form"] else row["op"]
+        rival = next((name for name in row["ratio"] if name not in (FORMULA, *BACKENDS)), None)
+        ratios = [_ratio(row["ratio"], variant) for variant in (FORMULA, rival, *others)]
+        beyond = (row["beyond_mib"] or {}).get(OURS)
+        table.add_row(
+            name if name != before else "",
+            row["name"],
+            row["what"],
+            ("~" if is_noisy(row["control_difference"]) else "") + f"{row['ms'][OURS]['median']:.3f}",
+            *ratios,
+            "" if row["share"] is None else f"{row['share']:.0%}",
+            "" if beyond is None else f"{beyond:.0f}",
+        )
+        before = name
+    return table
+
+
+def _ratio(ratios: dict[str, float | None], variant: str | None) -> str:
+    if variant not in ratios:
+        return ""
+    return "check FAILED" if ratios[variant] is None else f"{ratios[variant]:.2f}x"
+
+
+def tile_table(rows: list[dict[str, Any]]) -> Table:
+    """The best tile found beside the usual one. A gain below the control's difference is none."""
+    table = Table(title="tiles of the Triton kernels", caption="~: no more than the usual tile differs from itself")
+    for head in ("kernel", "shape", "dtype", "usual", "best", "ms", "gain", "tried"):
+        table.add_column(head, justify="right" if head in ("ms", "gain") else "left", no_wrap=True)
+    for row in rows:
+        start = (row["kernel"], row["shape_name"], row["dtype"], "/".join(map(str, row["usual"])))
+        tried = f"{row['tried']}/{row['of']}" + (f", {len(row['wrong'])} WRONG" if row["wrong"] else "")
+        if row["best"] is None:
+            table.add_row(*start, "usual is WRONG", "", "", tried)
+            continue
+        best = next(r["ms"]["median"] for r in row["rows"] if tuple(r["tile"]) == tuple(row["best"]))
+        gain = ("~" if row["gain"] - 1 <= row["control_difference"] else "") + f"{row['gain']:.2f}x"
+        table.add_row(*start, "/".join(map(str, row["best"])), f"{best:.4f}", gain, tried)
+    return table

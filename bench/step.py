@@ -72,6 +72,8 @@ def main() -> None:
     """Measures, prints tables, writes JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds: for a look, not for a figure to keep")
+    parser.add_argument("--small", action="store_true", help="a network of a few numbers: a dry run of the whole path")
+    parser.add_argument("--seconds", type=float, help="of timing for each network and dtype (default: 25, quick 5)")
     parser.add_argument("--tasks", default="4,8", help="numbers of tasks (default: %(default)s)")
     parser.add_argument("--dtype", default="float32,bfloat16", help="dtypes of the step (default: %(default)s)")
     parser.add_argument("--network", default="AdaTT", choices=("AdaTT", "MMoE"))
@@ -83,23 +85,32 @@ def main() -> None:
     args = parser.parse_args()
     console = report.console()
     wanted, dtypes = args.only.split(","), args.dtype.split(",")
+    sizes: dict[str, Any] = {}
+    if args.small:
+        args.quick, args.tasks, args.batch, args.seconds = True, "2", 32, 0.0
+        wanted, dtypes, sizes = ["step"], dtypes[:1], {"in_features": 16, "dims": (16, 8)}
+    seconds = (5.0 if args.quick else 25.0) if args.seconds is None else args.seconds
     began = time.perf_counter()
     result: dict[str, Any] = {"machine": calibrate.machine(), "quick": args.quick}
     if "step" in wanted:
         result["ceilings"] = calibrate.ceilings(
             tuple(getattr(torch, d) for d in dict.fromkeys(["float32", *dtypes])),
             args.device,
-            seconds=0.1 if args.quick else 0.4,
+            seconds=0.0 if args.small else 0.1 if args.quick else 0.4,
+            sizes=calibrate.SMALL_SIZES if args.small else None,
         )
         result["step"] = []
         for dtype in dtypes:
             for tasks in (int(t) for t in args.tasks.split(",")):
-                task = Task(args.network, tasks, args.experts_per_task, args.batch, dtype=dtype, device=args.device)
+                options = {"dtype": dtype, "device": args.device, **sizes}
+                task = Task(args.network, tasks, args.experts_per_task, args.batch, **options)
                 record = measure_step(
                     task,
-                    seconds=5.0 if args.quick else 25.0,
+                    seconds=seconds,
                     min_rounds=3 if args.quick else 5,
+                    variants=(contest.OURS, "unbind", "batched") if args.small else None,
                     rate=calibrate.best_rate(result["ceilings"], task.torch_dtype),
+                    memory=not args.small,
                 )
                 result["step"].append(record)
                 console.print(report.step_table(record))
@@ -115,7 +126,7 @@ def main() -> None:
     result["seconds"] = time.perf_counter() - began
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for dtype in dtypes if "step" in wanted else ():
+    for dtype in dtypes if "step" in wanted and not args.small else ():
         records = [r for r in result["step"] if r["task"]["dtype"] == dtype]
         draw(records, result["machine"], args.out.with_name(f"{args.out.stem}_{dtype}.png"))
     console.print(f"{args.out}, {result['seconds']:.0f} s")

@@ -21,6 +21,7 @@ from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db",
                                       "partial_bias")}  # fmt: skip
 INT32, INT64 = {"map_ptr", "offset_ptr", "tile_ptr", "chunk_ptr"}, {"order_ptr"}
+TILE = {"BB", "TP", "BE", "BD", "UNROLL", "BM", "BN", "BK", "GROUP"}  # sizes that a pick function chooses
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
 ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
 
@@ -56,8 +57,11 @@ def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout).groups()
     ptx = compiled.asm["ptx"]
+    flags = {name: value for name, value in constants.items() if name not in TILE}
     found = dict(
-        kernel=kernel.fn.__name__, target=target, dtype=dtype, **labels, warps=warps, registers=int(registers),
+        module=kernel.fn.__module__.rpartition(".")[2], kernel=kernel.fn.__name__, target=target, dtype=dtype,
+        weight=weight, ones=list(ones), flags=flags, tile={k: v for k, v in constants.items() if k in TILE},
+        **labels, warps=warps, registers=int(registers),
         stack=int(stack), local=int(local), shared=compiled.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"), mma=ptx.count("mma.sync"),
     )  # fmt: skip

@@ -1,34 +1,17 @@
 """The kernels compiled to machine code for real GPUs, which needs none: no spills, and tensor cores where expected."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import copy
 
 import pytest
+from compile_table import COMMAND, compile_for, differences, rows, same_compiler, spills, stored
 
 pytest.importorskip("triton")
-
-HERE = Path(__file__).parent
-
-
-def compile_for(target: int, *extra: str) -> list[dict]:
-    """What compile_ahead.py reports; in a process where the interpreter is off."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(HERE.parents[1]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    command = [sys.executable, str(HERE / "compile_ahead.py"), str(target), *extra]
-    done = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(found: list[dict]) -> None:
     assert found
     for one in found:
-        # A frame of 8 bytes is none of spills: for those kernels ptxas -v reports 0 bytes spilled.
-        assert one["stack"] <= 8 and one["local"] == 0, f"spills: {one}"
+        assert not spills(one), f"spills: {one}"
         assert one["shared"] <= {80: 163, 90: 227, 100: 227}[one["target"]] * 1024, f"too much shared memory: {one}"
         if "precision" not in one:
             continue
@@ -42,11 +25,61 @@ def check(found: list[dict]) -> None:
             assert one["tcgen05"], f"no tcgen05: {one}"
 
 
+def as_stored(target: int) -> None:
+    if not same_compiler():
+        pytest.skip("the table was made with another version of Triton")
+    changed = differences(stored(target), rows(compile_for(target)))
+    assert not changed, "\n".join([*changed, f"if that was meant: {COMMAND}"])
+
+
 def test_hopper():
     check(compile_for(90))
+
+
+def test_hopper_is_as_the_table_says():
+    as_stored(90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 100])
+def test_others_are_as_the_table_says(target):
+    as_stored(target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_every_configuration(target):
     check(compile_for(target, "all"))
+
+
+def test_the_table_knows_each_architecture_s_instructions():
+    """wgmma on Hopper, tcgen05 on Blackwell, mma.sync before; none in the exact float32 products."""
+    for target, best in ((80, "mma"), (90, "wgmma"), (100, "tcgen05")):
+        found = {key: row["instructions"] for key, row in stored(target).items()}
+        linear = [kind for key, kind in found.items() if "expert_linear.forward_kernel" in key and "=bf16" in key]
+        exact = [kind for key, kind in found.items() if "dtype=fp32" in key]
+        assert best in linear and exact and set(exact) == {"none"}
+
+
+@pytest.mark.parametrize(
+    "name, value, told",
+    [
+        ("registers", +17, True),
+        ("registers", +16, False),
+        ("shared", 4096, False),
+        ("shared", 60000, True),
+        ("spills", True, True),
+        ("instructions", "other", True),
+        ("warps", 1, True),
+    ],
+)
+def test_differences_tell_a_change_that_matters(name, value, told):
+    before = {"a": {"instructions": "mma", "spills": False, "warps": 4, "tile": {}, "registers": 80, "shared": 8192}}
+    after = copy.deepcopy(before)
+    after["a"][name] = before["a"][name] + value if name in ("registers", "shared") else value
+    assert bool(differences(before, after)) == told
+
+
+def test_differences_tell_rows_that_come_and_go():
+    assert differences({"a": {}}, {"b": {}}) == ["no longer compiled: a", "not in the table: b"]
+    assert differences({}, {"b": {}}, everything=False) == []

@@ -1,0 +1,65 @@
+"""What makes a short call on a GPU measurable: operands that lie outside the L2 cache, and CUDA graphs."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_MOST = 16  # copies of the operands
+
+
+def copies_for(operand_bytes: int, device: str, cache_bytes: int | None = None) -> int:
+    """How many copies of the operands to rotate, so that one is out of the L2 cache when its turn comes; 1 on a CPU.
+
+    Three caches' worth, since a call reads and writes more than its operands.
+    """
+    if cache_bytes is None:
+        if torch.device(device).type != "cuda":
+            return 1
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(_MOST, max(1, math.ceil(3 * cache_bytes / max(operand_bytes, 1))))
+
+
+def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One callable that runs the next of `calls` each time, round and round."""
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
+
+
+def captured(calls: Sequence[Callable[[], Any]], device: str) -> tuple[Callable[[], Any], str]:
+    """The calls in rotation, and how they run.
+
+    That is "graph" (each captured once, and replayed), "events" where they cannot be captured, with the reason, or on a
+    CPU "clock".
+    """
+    if torch.device(device).type != "cuda":
+        return rotating(calls), "clock"
+    try:
+        return rotating([_graph(call) for call in calls]), "graph"
+    except Exception as error:  # an operation that no graph takes: torch raises several types for these
+        torch.cuda.synchronize()
+        return rotating(calls), f"events ({str(error).splitlines()[0][:80]})"
+
+
+def _graph(call: Callable[[], Any]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is done once only, such as compiling and choosing algorithms
+            call()
+        # A call that asks the GPU for a size raises here, and not in the middle of a capture.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
