@@ -1,24 +1,11 @@
 """Fused kernels for multi-task networks: batched experts and expert mixing as torch operators."""
 
-from . import costs
+from . import costs, ops
 from ._library import build_info, empty_cache
 from .backend import use_backend
-from .ops import Routes, adatt_mix, esmm_loss, expert_linear, gated_mix, linear_mix, masked_bce, mix
+from .ops import *  # noqa: F403  every public operator, by its own list
 from .ops.explain import explain
 
-__all__ = [
-    "Routes",
-    "adatt_mix",
-    "build_info",
-    "empty_cache",
-    "esmm_loss",
-    "expert_linear",
-    "explain",
-    "gated_mix",
-    "linear_mix",
-    "masked_bce",
-    "mix",
-    "use_backend",
-]
+__all__ = ["build_info", "empty_cache", "explain", "use_backend", *ops.__all__]
 
 costs.register()

@@ -18,7 +18,6 @@ constexpr int64_t kColumns = 512, kRows = 252, kNumbers = 192 << 10;
 // Slices are for a few threads to share few units: each costs the memory of the weights once more.
 constexpr int64_t kTasks = 16, kSlices = 4, kSliceRows = 128;
 constexpr int64_t kSumAtOnce = 16 << 10;
-constexpr int64_t kPastEnd = 128;  // bytes that `turn` may read and write past its operands
 
 // A buffer of the thread for each purpose; they live at the same time.
 enum Slot { kPanels, kDz, kTurned, kInput, kInputGradient, kPartials };

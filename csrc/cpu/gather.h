@@ -8,13 +8,6 @@
 
 namespace mtl {
 
-inline Operand moved(Operand o, int64_t row, int64_t col, size_t element) {
-  const int64_t offset = (row * o.stride + col) * int64_t(element);
-  o.data = static_cast<const char*>(o.data) + offset;
-  if (o.saved) o.saved = static_cast<const char*>(o.saved) + offset;
-  return o;
-}
-
 // n rows of `cols` numbers side by side: where they lie, or copied into `room`.
 inline Operand gather(const Operand& o, const int64_t* rows, int64_t n, int64_t cols, size_t element, char* room) {
   if (consecutive(rows, n)) return moved(o, rows[0], 0, element);

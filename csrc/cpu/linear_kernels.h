@@ -2,6 +2,7 @@
 // one multiplies a block of packed panels. Packed panels hold float, or double where the activations are double.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/activation.h"
@@ -42,6 +43,8 @@ struct PackKernels {
                    const Output&);
 };
 
+constexpr int64_t kPastEnd = 128;
+
 // The same for the packed type, float or double.
 struct SumKernels {
   int tile_cols;
@@ -51,7 +54,7 @@ struct SumKernels {
   // The same for A from `turn`.
   void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
                             int64_t stride, bool add);
-  // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to 64 bytes past their ends.
+  // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their ends.
   void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);
   // sums[c] += the sum of column c, row after row.
   void (*add_rows)(const void* rows, int64_t n, int64_t cols, void* sums);
@@ -61,6 +64,7 @@ struct LinearKernels {
   int tile_rows;
   PackKernels by_storage[4];
   SumKernels for_float, for_double;
+  const SumKernels& of_size(size_t packed) const { return packed == sizeof(double) ? for_double : for_float; }
 };
 
 #define MTL_DECLARE_LINEAR(ISA)              \
@@ -69,5 +73,17 @@ struct LinearKernels {
   }
 MTL_FOR_EACH_ISA(MTL_DECLARE_LINEAR)
 #undef MTL_DECLARE_LINEAR
+
+inline const LinearKernels& linear_kernels() { return MTL_BEST_ISA(linear_kernels); }
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The operand from that corner on; `element`: bytes of its numbers.
+inline Operand moved(Operand o, int64_t row, int64_t col, size_t element) {
+  const int64_t offset = (row * o.stride + col) * int64_t(element);
+  o.data = static_cast<const char*>(o.data) + offset;
+  if (o.saved) o.saved = static_cast<const char*>(o.saved) + offset;
+  return o;
+}
 
 }  // namespace mtl

@@ -8,13 +8,9 @@
 
 namespace mtl {
 
-inline const LinearKernels& linear_kernels() { return MTL_BEST_ISA(linear_kernels); }
-
 inline const PackKernels& pack_kernels(ScalarType dtype, const char* argument) {
   return linear_kernels().by_storage[int(storage_of(dtype, argument))];
 }
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // The experts that read one input, and where their numbers lie.
 struct Unit {
@@ -31,9 +27,7 @@ struct Problem {
   std::vector<Unit> units;
   int64_t columns() const { return experts * outputs; }
   double work() const { return double(batch) * columns() * features; }
-  const SumKernels& sums() const {
-    return packed_size == sizeof(double) ? linear_kernels().for_double : linear_kernels().for_float;
-  }
+  const SumKernels& sums() const { return linear_kernels().of_size(packed_size); }
   // Gives every unit room for `numbers_of` packed numbers; returns their total.
   template <class NumbersOf>
   int64_t lay_out(const NumbersOf& numbers_of) {
@@ -49,13 +43,6 @@ struct Problem {
 // Checks that the tensors fit each other.
 Problem linear_problem(const Tensor& x, const Tensor& weight,
                        const std::optional<std::vector<int64_t>>& experts_per_unit);
-
-inline Operand moved(Operand o, int64_t row, int64_t col, size_t element) {
-  const int64_t offset = (row * o.stride + col) * int64_t(element);
-  o.data = static_cast<const char*>(o.data) + offset;
-  if (o.saved) o.saved = static_cast<const char*>(o.saved) + offset;
-  return o;
-}
 
 // Unit u's rows of x [B,K] or [B,U,K].
 inline Operand input_of(const Tensor& x, const Unit& u) {

@@ -27,13 +27,6 @@ constexpr int64_t kForwardPanels = 2, kInputPanels = 16;
 constexpr int64_t kDepth = 256;   // rows that S takes at a time
 constexpr int64_t kOutputs = 96;  // rows of S at a time: they stay in the L2 until dW_p and dW have them
 
-const LinearKernels& kernels() {
-  static const LinearKernels& best = MTL_BEST_ISA(linear_kernels);
-  return best;
-}
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 struct Problem {
   int64_t batch, domains, outputs, features;  // B, P, N, K
   size_t element, w_element, packed;          // bytes of a number of x, of a weight, of a sum
@@ -62,16 +55,17 @@ Problem problem(const Tensor& x, const Tensor& domain, const Tensor& weight, con
   const int x_type = int(storage_of(x.scalar_type(), "x")), w_type = int(storage_of(weight.scalar_type(), "weight"));
   const bool is_double = x.scalar_type() == ScalarType::Double;
   const auto& star = MTL_BEST_ISA(star_kernels);
-  const auto& linear = kernels();
+  const auto& linear = linear_kernels();
+  const size_t packed = is_double ? sizeof(double) : sizeof(float);
   return {x.size(0),
           domain_weight.size(0),
           weight.size(0),
           weight.size(1),
           x.element_size(),
           weight.element_size(),
-          is_double ? sizeof(double) : sizeof(float),
+          packed,
           linear.tile_rows,
-          is_double ? linear.tile_cols_double : linear.tile_cols_float,
+          linear.of_size(packed).tile_cols,
           static_cast<const char*>(weight.const_data_ptr()),
           static_cast<const char*>(domain_weight.const_data_ptr()),
           linear.by_storage[x_type],
@@ -130,7 +124,7 @@ void multiply_rows(const Problem& q, const Operand& a, int64_t depth, int64_t co
       const auto at = [&](void* to, char* block_of_it) -> void* {
         return !to ? nullptr : direct ? static_cast<char*>(to) + rows[0] * stride + corner : block_of_it;
       };
-      q.pack.multiply(packed_rows, panels, n, t.cols, depth,
+      q.pack.multiply(packed_rows, depth, panels, n, t.cols, depth,
                       {at(out.y, y), at(out.z, z), biases, out.activation, direct ? out.stride : t.cols});
       if (direct) continue;
       scatter(y, static_cast<char*>(out.y) + corner, rows, n, row_out, stride);
@@ -197,8 +191,7 @@ Tensor input_gradient(const Problem& q, const Tensor& x, const Operand& dz) {
         const int64_t at = (k * q.features + col + c) * int64_t(q.w_element);
         q.star.product(q.weight + at, q.domain_slice(p) + at, product + k * n * q.packed, n);
       }
-      q.pack_sums.columns_wide({product, nullptr, Activation::kNone, n}, depth, n, panels + c * depth * q.packed,
-                               nullptr);
+      q.pack_sums.columns_wide({product, nullptr, Activation::kNone, n}, depth, n, panels + c * depth * q.packed);
     }
   };
   const auto no_bias = [](int64_t, int64_t, int64_t, char*) -> const void* { return nullptr; };
@@ -220,12 +213,14 @@ struct Wanted {
 void sum_lane(const Problem& q, const std::vector<Segment>& lane, const Operand& dz, const Operand& x,
               const Wanted& wanted, const Gradients& out, char* own, char* partials, int64_t row, int64_t n) {
   const bool is_double = q.packed == sizeof(double), with_s = wanted.weight || wanted.domain_weight;
-  const auto accumulate = is_double ? kernels().accumulate_double : kernels().accumulate_float;
+  const SumKernels& kernels = linear_kernels().of_size(q.packed);
   const int64_t k = q.features, numbers = q.slice() + q.outputs;
   const auto gradient = [&](const Tensor& t, int64_t at) {
     return static_cast<char*>(t.mutable_data_ptr()) + at * int64_t(q.w_element);
   };
-  char* a = static_cast<char*>(scratch(1, round_up(kOutputs, q.tile_rows) * kDepth * q.packed + 64));
+  const int64_t block_bytes = round_up(kOutputs, q.tile_rows) * round_up(kDepth, q.tile_rows) * int64_t(q.packed) + kPastEnd;
+  char* dz_block = static_cast<char*>(scratch(1, 2 * block_bytes));
+  char* a = dz_block + block_bytes;
   char* b = static_cast<char*>(scratch(2, round_up(k, q.tile_cols) * kDepth * q.packed + 64));
   const size_t z_room = 2 * kDepth * n * q.element, x_room = kDepth * k * q.element;
   const size_t s_room = n * k * q.packed, sum_room = n * q.packed;
@@ -246,14 +241,16 @@ void sum_lane(const Problem& q, const std::vector<Segment>& lane, const Operand&
       const Operand dz_rows = gather(moved(dz, 0, row, q.element), rows, depth, n, q.element, gathered_z);
       if (with_s) {
         const Operand x_rows = gather(x, rows, depth, k, q.element, gathered_x);
-        q.pack.columns_wide(x_rows, depth, k, b, nullptr);
+        q.pack.columns_wide(x_rows, depth, k, b);
       }
       for (int64_t c = 0; c < n; c += kOutputs) {
         const int64_t m = std::min(kOutputs, n - c);
-        q.pack.columns(moved(dz_rows, 0, c, q.element), depth, m, a, sums + c * q.packed);
+        q.pack.rows(moved(dz_rows, 0, c, q.element), depth, m, dz_block);
+        kernels.add_rows(dz_block, depth, m, sums + c * q.packed);
         if (!with_s) continue;
+        kernels.turn(dz_block, depth, m, a);
         char* s_rows = s + c * k * q.packed;
-        accumulate(a, b, m, k, depth, s_rows, k, r > 0);
+        kernels.accumulate_turned(a, b, m, k, depth, s_rows, k, r > 0);
         if (!last) continue;
         const int64_t at = (row + c) * k;
         q.star.gradients(

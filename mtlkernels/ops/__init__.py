@@ -4,5 +4,18 @@ from .esmm_loss import esmm_loss
 from .expert_linear import expert_linear
 from .masked_bce import masked_bce
 from .mix import Routes, adatt_mix, gated_mix, linear_mix, mix
+from .partitioned_norm import partitioned_norm
+from .star_linear import star_linear
 
-__all__ = ["Routes", "adatt_mix", "esmm_loss", "expert_linear", "gated_mix", "linear_mix", "masked_bce", "mix"]
+__all__ = [
+    "Routes",
+    "adatt_mix",
+    "esmm_loss",
+    "expert_linear",
+    "gated_mix",
+    "linear_mix",
+    "masked_bce",
+    "mix",
+    "partitioned_norm",
+    "star_linear",
+]

@@ -15,7 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import esmm_loss, expert_linear, losses, masked_bce, mix, mix_channels, partitioned_norm, star_linear
+from mtlkernels.triton import (
+    esmm_loss,
+    expert_linear,
+    losses,
+    masked_bce,
+    mix,
+    mix_channels,
+    partitioned_norm,
+    star_linear,
+)
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db",
