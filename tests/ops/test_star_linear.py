@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels import backend as _backend
 
 from .cases import (
     GRAD_LAYOUTS,
@@ -287,6 +288,18 @@ def test_where_ids_cannot_be_checked_such_rows_are_nan():
         close(found.out[known], wanted.out)
         for a, b in zip((found.grads[0][known], *found.grads[1:]), wanted.grads, strict=True):
             close(a, b)
+
+
+@native_only
+def test_explain_says_what_there_is():
+    lines = mtl.explain("star_linear", torch.zeros(2, 3)).splitlines()
+    assert lines[0] == "star_linear on cpu, float32: native" and "C++ kernel" in lines[1]
+    assert mtl.explain("star_linear", x=torch.zeros(2, 3).double()).startswith("star_linear on cpu, float64: native")
+    predicates = _backend._predicates["star_linear"]
+    on_gpu = _backend.Case("cuda", torch.float32, 90)
+    ok, reason = predicates["native"](on_gpu)
+    assert not ok and "star_linear has no CUDA C++ kernel yet" in reason
+    assert list(predicates) == ["native", "triton", "reference"] and predicates["reference"](on_gpu).ok
 
 
 X, IDS, W, V = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(5, 4), torch.zeros(3, 5, 4)
