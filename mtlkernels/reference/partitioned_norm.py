@@ -51,13 +51,13 @@ def partitioned_norm(
         used = torch.where(several, z, 0)
 
         def average(rows: Tensor) -> Tensor:
-            # In double: a float32 sum of 4096 numbers near 1e4 is off by 100, their mean by 0.03.
             sums = torch.zeros(num_domains + 1, x.shape[1], dtype=torch.float64, device=x.device)
-            return (sums.index_add(0, bucket, rows.double())[:num_domains] / n.clamp(min=1)).to(acc)
+            return sums.index_add(0, bucket, rows)[:num_domains] / n.clamp(min=1)
 
-        batch_mean = average(used)
+        # In double: a float32 sum of 4096 numbers near 1e4 is off by 100, their mean by 0.03.
+        batch_mean = average(used.double())
         batch_var = average((used - batch_mean.index_select(0, p)).square())
-        mean, var = torch.where(n >= 2, batch_mean, mean), torch.where(n >= 2, batch_var, var)
+        mean, var = torch.where(n >= 2, batch_mean.to(acc), mean), torch.where(n >= 2, batch_var.to(acc), var)
     scale = weight.to(acc) * domain_weight.to(acc) * (var + eps).rsqrt()
     shift = bias.to(acc) + domain_bias.to(acc)
     centred = z - mean.index_select(0, p)

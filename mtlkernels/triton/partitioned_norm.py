@@ -303,17 +303,9 @@ class _Call:
 
 
 def partitioned_norm(
-    x: Tensor,
-    domain: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    domain_weight: Tensor,
-    domain_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    training: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, domain: Tensor, weight: Tensor, bias: Tensor, domain_weight: Tensor, domain_bias: Tensor,
+    running_mean: Tensor, running_var: Tensor, training: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``y = (w * w_p) * (x - mean_p) / sqrt(var_p + eps) + (b + b_p)``, p the row's domain.
 
     Args:
@@ -358,18 +350,9 @@ def partitioned_norm(
 
 
 def partitioned_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    domain: Tensor,
-    weight: Tensor,
-    domain_weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    training: bool,
-    eps: float,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, domain: Tensor, weight: Tensor, domain_weight: Tensor, mean: Tensor, var: Tensor,
+    count: Tensor, training: bool, eps: float, needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`partitioned_norm`, from what it returned; where count < 2 the statistics are constants.
 
     Args:

@@ -172,7 +172,7 @@ def test_large_offsets(offset, backend):
     found = case(*case.tensors(torch.float32), backend=backend, running=running, momentum=1.0)
     y, mean, var = by_domain(case, momentum=1.0)
     close(running[0], mean, 1e-7)
-    close(running[1], var, 1e-4 if abs(offset) < 1e5 else 3e-2)
+    close(running[1], var)
     # The mean is a float32 number: half a unit in its last place, in deviations, is the error that remains.
     unit = abs(offset) * 2.0**-23
     largest = (case.weight * case.domain_weight).abs().max().item()
@@ -223,20 +223,23 @@ def test_running_statistics(backend):
 
 
 @each_backend
-def test_backward_after_the_running_statistics_moved(backend):
+@each_mode
+def test_backward_after_the_running_statistics_moved(training, backend):
     """The statistics that served are kept, though the tensors they came from have changed since."""
-    tensors, running = [t.requires_grad_() for t in FEW.tensors()], FEW.running()
-    for training in (True, False):
+    running, fresh = FEW.running(), FEW.running()
+
+    def derivatives(backend, running, moved):
+        tensors = [t.requires_grad_() for t in FEW.tensors()]
         out = FEW(*tensors, backend=backend, running=running, training=training)
         for t in running:
-            t.add_(1)
-        found = torch.autograd.grad(out, tensors, torch.ones_like(out))
-        for t in running:
-            t.sub_(1)
-        out = FEW(*tensors, backend="reference", running=[t.clone() for t in running], training=training)
-        if not training:
-            for got, want in zip(found, torch.autograd.grad(out, tensors, torch.ones_like(out)), strict=True):
-                close(got, want)
+            t.add_(moved)
+        first = torch.autograd.grad(out, tensors, torch.cos(out.detach()), create_graph=True)
+        squares = sum(g.square().sum() for g in first)
+        return *first, *torch.autograd.grad(squares, tensors, allow_unused=True, materialize_grads=True)
+
+    for got, want in zip(derivatives(backend, running, 1), derivatives("reference", fresh, 0), strict=True):
+        close(got.detach(), want.detach())
+    assert not any(torch.equal(a, b) for a, b in zip(running, fresh, strict=True))
 
 
 @each_backend
@@ -365,50 +368,6 @@ BAD = {
 def test_bad_input(error, match, change):
     with pytest.raises(error, match=match):
         mtl.partitioned_norm(**{**GOOD, **change})
-
-
-UNFIT = {
-    "domain length": {1: IDS[:3]},
-    "domain float": {1: X[:, 0]},
-    "weight": {2: W[:2]},
-    "bias": {3: W[:2]},
-    "domain_weight": {4: T[:, :2]},
-    "domain_bias": {5: T[:1]},
-    "running_mean": {6: T[:1]},
-    "running_var": {7: T[:, :2]},
-    "x": {0: W},
-}
-UNFIT_BACKWARD = {
-    "grad": {0: X[:, :2]},
-    "grad dtype": {0: X.double()},
-    "mean": {5: T[:1]},
-    "mean dtype": {5: T.double()},
-    "var": {6: T[:, :2]},
-    "count": {7: IDS[:1]},
-    "count dtype": {7: IDS[:2].int()},
-}
-
-
-@native_only
-@pytest.mark.parametrize("change", over(UNFIT))
-def test_the_operator_refuses_what_does_not_fit(change):
-    """Below the public function too: what would be read out of bounds, or as another type, raises."""
-    args = [*GOOD.values(), 1e-5]
-    for i, value in change.items():
-        args[i] = value
-    with pytest.raises(RuntimeError):
-        torch.ops.mtlkernels.partitioned_norm(*args)
-
-
-@native_only
-@pytest.mark.parametrize("change", over(UNFIT_BACKWARD))
-def test_its_backward_refuses_what_does_not_fit(change):
-    args = [X, X, IDS, W, T, T, T, IDS[:2], True, 1e-5, 31]
-    torch.ops.mtlkernels.partitioned_norm_backward(*args)
-    for i, value in change.items():
-        args[i] = value
-    with pytest.raises(RuntimeError):
-        torch.ops.mtlkernels.partitioned_norm_backward(*args)
 
 
 def test_explain():

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 import mtlkernels as mtl
 
-from .cases import close, each_backend, native_only, outcome, random_grad
+from .cases import close, each_backend, native_only, outcome, over, random_grad
 from .norms import CASES, FEW, MODES, make
 
 # None, one, two and four rows of a domain.
@@ -162,6 +162,52 @@ def test_fake_kernels_tell_the_truth(dtype):
         for needs in (0, 1, 2, 12, 31):
             back = y, *args[:3], args[4], *kept, case.training, 1e-5, needs
             compare(ops.partitioned_norm_backward, op._backward_fake, back)
+
+
+X, IDS, W, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(3), torch.zeros(2, 3)
+UNFIT = {
+    "domain length": {1: IDS[:3]},
+    "domain float": {1: X[:, 0]},
+    "weight": {2: W[:2]},
+    "bias": {3: W[:2]},
+    "domain_weight": {4: T[:, :2]},
+    "domain_bias": {5: T[:1]},
+    "running_mean": {6: T[:1]},
+    "running_var": {7: T[:, :2]},
+    "x": {0: W},
+}
+UNFIT_BACKWARD = {
+    "grad": {0: X[:, :2]},
+    "grad dtype": {0: X.double()},
+    "mean": {5: T[:1]},
+    "mean dtype": {5: T.double()},
+    "var": {6: T[:, :2]},
+    "count": {7: IDS[:1]},
+    "count dtype": {7: IDS[:2].int()},
+}
+
+
+@native_only
+@pytest.mark.parametrize("change", over(UNFIT))
+def test_the_operator_refuses_what_does_not_fit(change):
+    """Below the public function too: what would be read out of bounds, or as another type, raises."""
+    args = [X, IDS, W, W, T, T, T, T, True, 1e-5]
+    torch.ops.mtlkernels.partitioned_norm(*args)
+    for i, value in change.items():
+        args[i] = value
+    with pytest.raises(RuntimeError):
+        torch.ops.mtlkernels.partitioned_norm(*args)
+
+
+@native_only
+@pytest.mark.parametrize("change", over(UNFIT_BACKWARD))
+def test_its_backward_refuses_what_does_not_fit(change):
+    args = [X, X, IDS, W, T, T, T, IDS[:2], True, 1e-5, 31]
+    torch.ops.mtlkernels.partitioned_norm_backward(*args)
+    for i, value in change.items():
+        args[i] = value
+    with pytest.raises(RuntimeError):
+        torch.ops.mtlkernels.partitioned_norm_backward(*args)
 
 
 class Network(nn.Module):
