@@ -1,19 +1,15 @@
 """The torch glue of the CUDA expert_linear (shapes, strides, dtypes, empty tensors), run over the emulated device."""
 
-import sys
-from pathlib import Path
+import mmap
 
 import pytest
 import torch
 from emulated import build
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ops.cases import GRAD_LAYOUTS, LINEAR, TOLERANCE, Linear, close, layouts, over, random_grad
-
 from mtlkernels.reference.expert_linear import ACTIVATIONS
 from mtlkernels.reference.expert_linear import expert_linear as reference
+from tests.ops.cases import GRAD_LAYOUTS, LINEAR, TOLERANCE, Linear, close, layouts, over, random_grad
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NEEDS_INPUT = ("gelu", "silu")
@@ -176,6 +172,21 @@ def test_equal_rows_give_equal_bits(ops, dtype: torch.dtype) -> None:
     grad = random_grad(y)[:1].expand(y.shape)
     dx, _, _ = ops.expert_linear_backward(grad, x, weight, z, None, "gelu", 1)
     assert torch.equal(y, y[:1].expand_as(y)) and torch.equal(dx, dx[:1].expand_as(dx))
+
+
+def test_offsets_beyond_31_bits(ops) -> None:
+    """Three rows of x, the last one 2^31 elements away; the memory between them is never touched."""
+    stride, no_reserve = 1 << 30, 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (2 * stride + 16), flags), dtype=F16)
+    close_by, weight, bias = Linear(3, 2, 5, 16).tensors(F16)
+    x = memory.as_strided((3, 16), (stride, 1)).copy_(close_by)
+    y, _ = ops.expert_linear(x, weight, bias, None, "relu", False)
+    assert torch.equal(y, ops.expert_linear(close_by, weight, bias, None, "relu", False)[0])
+    grad = random_grad(y)
+    _, found, _ = ops.expert_linear_backward(grad, x, weight, y, None, "relu", 2)
+    _, wanted, _ = ops.expert_linear_backward(grad, close_by, weight, y, None, "relu", 2)
+    assert torch.equal(found, wanted)
 
 
 X, W = torch.zeros(3, 2, 4), torch.zeros(2, 5, 4)
