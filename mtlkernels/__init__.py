@@ -2,7 +2,17 @@
 
 from ._library import build_info, empty_cache
 from .backend import use_backend
-from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
+from .ops import (
+    Routes,
+    adatt_mix,
+    expert_linear,
+    gated_mix,
+    hard_concrete,
+    hard_concrete_l0,
+    linear_mix,
+    mix,
+    snr_linear,
+)
 from .ops.explain import explain
 
 __all__ = [
@@ -13,7 +23,10 @@ __all__ = [
     "expert_linear",
     "explain",
     "gated_mix",
+    "hard_concrete",
+    "hard_concrete_l0",
     "linear_mix",
     "mix",
+    "snr_linear",
     "use_backend",
 ]

@@ -14,6 +14,9 @@ _BENEATH = {
     "gated_mix": "mix",
     "adatt_mix": "mix",
     "linear_mix": "mix",
+    "hard_concrete": "hard_concrete",
+    "hard_concrete_l0": "hard_concrete_l0",
+    "snr_linear": "snr_linear",
 }
 
 

@@ -7,4 +7,5 @@
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(mtlkernels_emulated, CPU, m, C10_UID)
 
 #include "library.cpp"
+#include "hard_concrete.cu"
 #include "mix.cu"

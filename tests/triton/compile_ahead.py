@@ -15,13 +15,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import expert_linear, mix, mix_channels
+from mtlkernels.triton import expert_linear, hard_concrete, mix, mix_channels, snr_linear
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db")}
+FLOAT32 |= {f"{name}_ptr" for name in ("gate", "dgate", "noise", "s", "slope", "total")}
 INT32 = {"map_ptr", "offset_ptr"}
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
-ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
+ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "x_j", "dx_b"}
 
 
 def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(), **labels):
@@ -91,6 +92,32 @@ def build_linear(target, dtype, shape, activation, weight=None, precision="ieee"
               precision=precision, ones=ones)  # fmt: skip
 
 
+def build_snr(target, dtype, shape, activation, weight=None, precision="ieee", skip=True):
+    features, width = shape
+    cores = dtype != "fp32" or precision == "tf32"
+    for kernel, m, n, extra in (
+        (snr_linear.forward_kernel, None, features, {"BIAS": True, "SAVE": activation == "gelu"}),
+        (snr_linear.dx_kernel, None, width, {}),
+        (snr_linear.dw_kernel, features, width, {"NEED_W": True, "NEED_G": True}),
+    ):
+        gradient = kernel is not snr_linear.forward_kernel
+        tile = pick_gemm(m, n, width, 4 if dtype == "fp32" else 2, cores, target, through_registers=gradient)
+        constants = dict(SKIP=skip, ACTIVATION=activation, PRECISION=precision, UPCAST=False, BM=tile.m, BN=tile.n,
+                         BK=tile.k, GROUP=8, **extra)  # fmt: skip
+        build(kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape, activation=activation,
+              precision=precision)  # fmt: skip
+    rows, columns = snr_linear.BIAS_TILE
+    build(snr_linear.db_kernel, target, dtype, 4, {"ACTIVATION": activation, "BM": rows, "BN": columns})
+
+
+def build_hard_concrete(target, dtype):
+    constants = {"BETA": 2 / 3, "GAMMA": -0.1, "ZETA": 1.1, "BLOCK": hard_concrete.BLOCK}
+    build(hard_concrete.sample_kernel, target, dtype, 4, {**constants, "SAMPLED": True, "LOW": 1e-6, "HIGH": 1 - 1e-6})
+    del constants["BETA"]
+    build(hard_concrete.backward_kernel, target, dtype, 4, {**constants, "SCALE": 1.8})
+    build(hard_concrete.l0_kernel, target, dtype, 4, {"SHIFT": -1.6, "BLOCK": hard_concrete.BLOCK})
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -99,6 +126,9 @@ def main(target: int, everything: bool) -> None:
     build_linear(target, "bf16", (256, 256), "gelu")
     build_linear(target, "fp32", (64, 128), "relu")
     build_linear(target, "bf16", (1, 64), "", ones=("N", "span"))
+    build_snr(target, "bf16", (256, 256), "gelu")
+    build_snr(target, "fp32", (64, 128), "relu", skip=False)
+    build_hard_concrete(target, "bf16")
     if not everything:
         return
     for dtype in ("bf16", "fp32"):
@@ -110,9 +140,13 @@ def main(target: int, everything: bool) -> None:
         for shape in ((256, 256), (64, 128), (16, 64)):
             for activation in ("", "relu", "gelu", "silu", "tanh"):
                 build_linear(target, dtype, shape, activation)
+                build_snr(target, dtype, shape, activation)
+        build_hard_concrete(target, dtype)
     for activation in ("relu", "gelu"):
         build_linear(target, "bf16", (256, 256), activation, weight="fp32")
         build_linear(target, "fp32", (256, 256), activation, precision="tf32")
+        build_snr(target, "bf16", (256, 256), activation, weight="fp32", skip=False)
+        build_snr(target, "fp32", (256, 256), activation, precision="tf32")
 
     build_linear(target, "bf16", (1, 1), "relu", ones=("N", "K", "span", "total", "x_b", "x_u", "dx_b"))
     ones = ("T", "E", "D", "h_b", "h_e", "g_b", "g_t", "logit_b", "logit_t", "dlogit_b", "dlogit_t", "static_t",
