@@ -121,7 +121,7 @@ def _backward_fake(
 
 
 def _keep(args: tuple, outputs: tuple) -> tuple[Tensor]:
-    return (outputs[1] if args[6] else outputs[0],)
+    return (outputs[1] if args[6] and args[4] in _NEED_INPUT else outputs[0],)
 
 
 def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:

@@ -1,8 +1,8 @@
 """snr_linear in Triton: for every output sub-network a product over the inputs it is connected to.
 
 Every program reads the gates of its row or column itself: with SKIP a block whose gate is 0 is neither loaded nor
-multiplied, and the host never waits to know which. Gates multiply the float32 product of a block, so that no weight is
-rounded twice.
+multiplied, and the host never waits to know which. Gates multiply the float32 product of a block, or dz before it is
+rounded for the product, so that nothing is rounded twice.
 """
 
 import torch
@@ -99,19 +99,17 @@ def dx_kernel(
             grad = grad_block
             saved = saved_block
             w = w_ptr + (i * J + j) * N * K + k0
-            part = tl.zeros([BM, BN], tl.float32)
             for n0 in range(0, N, BK):
                 dz = _load_dz(grad, saved, dz_places, in_rows & (n[None, :] < N - n0), ACTIVATION)
                 w_tile = tl.load(w + w_places, mask=(n[:, None] < N - n0) & in_k, other=0).to(dx_ptr.dtype.element_ty)
-                dz = dz.to(dx_ptr.dtype.element_ty)
+                dz = (gate * dz).to(dx_ptr.dtype.element_ty)
                 if UPCAST:
                     w_tile = w_tile.to(tl.float32)
                     dz = dz.to(tl.float32)
-                part = tl.dot(dz, w_tile, part, input_precision=PRECISION)
+                acc = tl.dot(dz, w_tile, acc, input_precision=PRECISION)
                 grad += BK
                 saved += BK
                 w += BK * K
-            acc += gate * part
         grad_block += N
         saved_block += N
     dx = dx_ptr + row0 * dx_b + j * K + k0
@@ -127,7 +125,8 @@ def dw_kernel(
 ):  # fmt: skip
     """S_ij = dz_i^T x_j over one chunk of rows: dw = gate S and this tile's <W, S>.
 
-    grid (tiles of N times tiles of K, I * J, chunks); dgate [chunks, tiles, I * J], blocks: I * J.
+    grid (tiles of N times tiles of K, I * J, chunks); dgate [chunks, tiles, I * J, BM], a sum a row of the tile;
+    blocks: I * J.
     """
     block = tl.program_id(1).to(tl.int64)
     i = block // J
@@ -143,7 +142,7 @@ def dw_kernel(
     in_n = n < N - n0
     in_k = k < K - k0
     acc = tl.zeros([BM, BN], tl.float32)
-    product = tl.sum(tl.zeros([BM], tl.float32), 0)
+    product = tl.zeros([BM], tl.float32)
     places = n[:, None] * K + k
     inside = in_n[:, None] & in_k
     gate = tl.load(gate_ptr + block).to(tl.float32)
@@ -169,9 +168,10 @@ def dw_kernel(
             x += BK * x_b
         if NEED_G:
             w_tile = tl.load(w_ptr + (block * N + n0) * K + k0 + places, mask=inside, other=0).to(tl.float32)
-            product = tl.sum(tl.sum(w_tile * acc, 1), 0)
+            product = tl.sum(w_tile * acc, 1)
     if NEED_G:
-        tl.store(dgate_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * blocks + block, product)
+        place = (chunk * tl.num_programs(0) + tl.program_id(0)) * blocks + block
+        tl.store(dgate_ptr + place * BM + n, product)
     if NEED_W:
         dw = dw_ptr + ((chunk * blocks + block) * N + n0) * K + k0
         tl.store(dw + places, (gate * acc).to(dw_ptr.dtype.element_ty), mask=inside)
@@ -207,6 +207,11 @@ _MIN_ROWS = 512  # of a split: below, the partial sums cost more than the idle m
 BIAS_TILE = (16, 128)  # rows and columns of db_kernel
 
 
+def pick_forward(n: int, k: int, itemsize: int, tensor_cores: bool, arch: int) -> GemmConfig:
+    """Tile of forward_kernel, which holds two accumulators: before Hopper a wide one would spill."""
+    return pick_gemm(None, n if arch >= 90 else min(n, 64), k, itemsize, tensor_cores, arch)
+
+
 class _Call:
     """What forward and backward share: sizes, and how products are computed."""
 
@@ -229,8 +234,9 @@ class _Call:
             major, minor = torch.cuda.get_device_capability(x.device)
             self.arch = 10 * major + minor
 
-    def pick(self, m: int | None, n: int, k: int | None, gradient: bool) -> GemmConfig:
-        return pick_gemm(m, n, k, self.x.element_size(), self.tensor_cores, self.arch, through_registers=gradient)
+    def pick(self, m: int | None, n: int) -> GemmConfig:
+        """The tile of a gradient's product."""
+        return pick_gemm(m, n, None, self.x.element_size(), self.tensor_cores, self.arch, through_registers=True)
 
     def launch(self, tile: GemmConfig) -> dict:
         return dict(self.constants, BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps, num_stages=tile.stages)
@@ -266,7 +272,7 @@ def snr_linear(
     y, z = call.empty(shape, x.dtype), call.empty(shape if save else 0, x.dtype)
     if y.numel() == 0:
         return y, z
-    tile = call.pick(None, call.n, call.k, gradient=False)
+    tile = pick_forward(call.n, call.k, x.element_size(), call.tensor_cores, call.arch)
     grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.n, tile.n), call.outputs)
     with on_device(x):
         forward_kernel[grid](
@@ -304,7 +310,7 @@ def snr_linear_backward(
     dx = call.empty(x.shape if needs & 1 else 0, x.dtype)
     with on_device(x):
         if dx.numel():
-            tile = call.pick(None, call.k, None, gradient=True)
+            tile = call.pick(None, call.k)
             grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.k, tile.n), call.inputs)
             dx_kernel[grid](
                 grad, saved, call.weight, call.gate, dx, call.batch, call.outputs, call.inputs, call.n, call.k,
@@ -317,13 +323,13 @@ def snr_linear_backward(
 
 def _block_gradients(call: _Call, grad: Tensor, saved: Tensor, need_w: bool, need_g: bool) -> tuple[Tensor, Tensor]:
     dtype, blocks = call.weight.dtype, call.outputs * call.inputs
-    tile = call.pick(call.n, call.k, None, gradient=True)
+    tile = call.pick(call.n, call.k)
     tiles = triton.cdiv(call.n, tile.m) * triton.cdiv(call.k, tile.n)
     # Too few tiles to fill a GPU: cut the batch, sum the partial results in a fixed order.
     chunks, chunk_rows = call.chunks(tiles * blocks, tile.k)
     shape = call.weight.shape if chunks == 1 else (chunks, *call.weight.shape)
     dweight = call.empty(shape if need_w else 0, dtype if chunks == 1 else torch.float32)
-    products = call.empty((chunks * tiles, *call.gate.shape) if need_g else 0, torch.float32)
+    products = call.empty((chunks * tiles, *call.gate.shape, tile.m) if need_g else 0, torch.float32)
     if dweight.numel() + products.numel():
         dw_kernel[(tiles, blocks, chunks)](
             grad, saved, call.x, call.weight, call.gate, dweight, products, call.batch, call.inputs, call.n, call.k,
@@ -331,7 +337,7 @@ def _block_gradients(call: _Call, grad: Tensor, saved: Tensor, need_w: bool, nee
         )  # fmt: skip
     if need_w and chunks > 1:
         dweight = dweight.sum(0).to(dtype)
-    return dweight, products.sum(0).to(call.gate.dtype) if need_g else products.to(call.gate.dtype)
+    return dweight, (products.sum((0, 3)) if need_g else products).to(call.gate.dtype)
 
 
 def _bias_gradient(call: _Call, grad: Tensor, saved: Tensor, activation: str) -> Tensor:

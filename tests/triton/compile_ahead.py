@@ -100,8 +100,11 @@ def build_snr(target, dtype, shape, activation, weight=None, precision="ieee", s
         (snr_linear.dx_kernel, None, width, {}),
         (snr_linear.dw_kernel, features, width, {"NEED_W": True, "NEED_G": True}),
     ):
-        gradient = kernel is not snr_linear.forward_kernel
-        tile = pick_gemm(m, n, width, 4 if dtype == "fp32" else 2, cores, target, through_registers=gradient)
+        itemsize = 4 if dtype == "fp32" else 2
+        if kernel is snr_linear.forward_kernel:
+            tile = snr_linear.pick_forward(n, width, itemsize, cores, target)
+        else:
+            tile = pick_gemm(m, n, width, itemsize, cores, target, through_registers=True)
         constants = dict(SKIP=skip, ACTIVATION=activation, PRECISION=precision, UPCAST=False, BM=tile.m, BN=tile.n,
                          BK=tile.k, GROUP=8, **extra)  # fmt: skip
         build(kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape, activation=activation,
