@@ -83,9 +83,7 @@ def hard_concrete(
     return z, s
 
 
-def hard_concrete_backward(
-    grad: Tensor, s: Tensor, beta: float, gamma: float, zeta: float, sampled: bool
-) -> Tensor:
+def hard_concrete_backward(grad: Tensor, s: Tensor, beta: float, gamma: float, zeta: float, sampled: bool) -> Tensor:
     """The gradient of log_alpha, in grad's dtype; 0 where z is 0 or 1."""
     grad, s = grad.contiguous(), s.contiguous()
     out = torch.empty(s.shape, dtype=grad.dtype, device=grad.device)
@@ -93,9 +91,7 @@ def hard_concrete_backward(
     if n:
         scale = (zeta - gamma) / beta if sampled else zeta - gamma
         with on_device(s):
-            backward_kernel[(triton.cdiv(n, BLOCK),)](
-                grad, s, out, n, SCALE=scale, GAMMA=gamma, ZETA=zeta, BLOCK=BLOCK
-            )
+            backward_kernel[(triton.cdiv(n, BLOCK),)](grad, s, out, n, SCALE=scale, GAMMA=gamma, ZETA=zeta, BLOCK=BLOCK)
     return out
 
 

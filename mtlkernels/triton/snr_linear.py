@@ -74,11 +74,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["B"])
 def dx_kernel(
-    grad_ptr, saved_ptr, w_ptr, gate_ptr, dx_ptr, B, I, J, N, K, total, dx_b,
+    grad_ptr, saved_ptr, w_ptr, gate_ptr, dx_ptr, B, outputs, J, N, K, total, dx_b,
     SKIP: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dx[b,j,:] = sum_i gate[i,j] dz[b,i,:] W_ij; grid (tiles of B times tiles of K, J)."""
+    """dx[b,j,:] = sum_i gate[i,j] dz[b,i,:] W_ij; grid (tiles of B times tiles of K, J); outputs: I."""
     j = tl.program_id(1).to(tl.int64)
     tile_m, tile_n = _tile(tl.cdiv(B, BM), tl.cdiv(K, BN), GROUP)
     row0 = tile_m.to(tl.int64) * BM
@@ -91,27 +91,23 @@ def dx_kernel(
     dz_places = rows * total + n[None, :]
     w_places = n[:, None] * K + k
     acc = tl.zeros([BM, BN], tl.float32)
-    grad_block = grad_ptr + row0 * total
-    saved_block = saved_ptr + row0 * total
-    for i in range(0, I):
+    block = row0 * total  # offset into grad and saved alike: one pointer fewer to carry, or float32 would spill
+    for i in range(0, outputs):
         gate = tl.load(gate_ptr + i * J + j).to(tl.float32)
         if _takes_part(gate, SKIP):
-            grad = grad_block
-            saved = saved_block
             w = w_ptr + (i * J + j) * N * K + k0
+            at = block
             for n0 in range(0, N, BK):
-                dz = _load_dz(grad, saved, dz_places, in_rows & (n[None, :] < N - n0), ACTIVATION)
+                dz = _load_dz(grad_ptr + at, saved_ptr + at, dz_places, in_rows & (n[None, :] < N - n0), ACTIVATION)
                 w_tile = tl.load(w + w_places, mask=(n[:, None] < N - n0) & in_k, other=0).to(dx_ptr.dtype.element_ty)
                 dz = (gate * dz).to(dx_ptr.dtype.element_ty)
                 if UPCAST:
                     w_tile = w_tile.to(tl.float32)
                     dz = dz.to(tl.float32)
                 acc = tl.dot(dz, w_tile, acc, input_precision=PRECISION)
-                grad += BK
-                saved += BK
+                at += BK
                 w += BK * K
-        grad_block += N
-        saved_block += N
+        block += N
     dx = dx_ptr + row0 * dx_b + j * K + k0
     tl.store(dx + rows * dx_b + k, acc.to(dx_ptr.dtype.element_ty), mask=in_rows & in_k)
 
@@ -212,6 +208,12 @@ def pick_forward(n: int, k: int, itemsize: int, tensor_cores: bool, arch: int) -
     return pick_gemm(None, n if arch >= 90 else min(n, 64), k, itemsize, tensor_cores, arch)
 
 
+def pick_dx(k: int, itemsize: int, tensor_cores: bool, arch: int) -> GemmConfig:
+    """Tile of dx_kernel; with four warps exact float32 would spill."""
+    tile = pick_gemm(None, k, None, itemsize, tensor_cores, arch, through_registers=True)
+    return tile if tensor_cores else tile._replace(warps=8)
+
+
 class _Call:
     """What forward and backward share: sizes, and how products are computed."""
 
@@ -221,7 +223,7 @@ class _Call:
             raise ValueError(f"x cannot be multiplied by Triton: {reason}")
         self.x, self.weight, self.gate = rows_contiguous(x), weight.contiguous(), gate.contiguous()
         self.outputs, self.inputs, self.n, self.k = weight.shape
-        self.batch, self.total = x.shape[0], self.outputs * self.n
+        self.batch, self.total, self.itemsize = x.shape[0], self.outputs * self.n, x.element_size()
         # float32 is exact unless the caller has allowed TF32 for torch's own products.
         tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED
         self.tensor_cores = tf32 or x.dtype != torch.float32
@@ -233,10 +235,6 @@ class _Call:
         if x.is_cuda:
             major, minor = torch.cuda.get_device_capability(x.device)
             self.arch = 10 * major + minor
-
-    def pick(self, m: int | None, n: int) -> GemmConfig:
-        """The tile of a gradient's product."""
-        return pick_gemm(m, n, None, self.x.element_size(), self.tensor_cores, self.arch, through_registers=True)
 
     def launch(self, tile: GemmConfig) -> dict:
         return dict(self.constants, BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps, num_stages=tile.stages)
@@ -272,7 +270,7 @@ def snr_linear(
     y, z = call.empty(shape, x.dtype), call.empty(shape if save else 0, x.dtype)
     if y.numel() == 0:
         return y, z
-    tile = pick_forward(call.n, call.k, x.element_size(), call.tensor_cores, call.arch)
+    tile = pick_forward(call.n, call.k, call.itemsize, call.tensor_cores, call.arch)
     grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.n, tile.n), call.outputs)
     with on_device(x):
         forward_kernel[grid](
@@ -310,7 +308,7 @@ def snr_linear_backward(
     dx = call.empty(x.shape if needs & 1 else 0, x.dtype)
     with on_device(x):
         if dx.numel():
-            tile = call.pick(None, call.k)
+            tile = pick_dx(call.k, call.itemsize, call.tensor_cores, call.arch)
             grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.k, tile.n), call.inputs)
             dx_kernel[grid](
                 grad, saved, call.weight, call.gate, dx, call.batch, call.outputs, call.inputs, call.n, call.k,
@@ -323,7 +321,7 @@ def snr_linear_backward(
 
 def _block_gradients(call: _Call, grad: Tensor, saved: Tensor, need_w: bool, need_g: bool) -> tuple[Tensor, Tensor]:
     dtype, blocks = call.weight.dtype, call.outputs * call.inputs
-    tile = call.pick(call.n, call.k)
+    tile = pick_gemm(call.n, call.k, None, call.itemsize, call.tensor_cores, call.arch, through_registers=True)
     tiles = triton.cdiv(call.n, tile.m) * triton.cdiv(call.k, tile.n)
     # Too few tiles to fill a GPU: cut the batch, sum the partial results in a fixed order.
     chunks, chunk_rows = call.chunks(tiles * blocks, tile.k)

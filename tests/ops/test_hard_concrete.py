@@ -277,9 +277,7 @@ def test_export_keeps_gradients(backend):
     structure = Structure(backend)
     noise = inputs((4, 12))[1].float()
     module = torch.export.export(structure, (noise,)).module()
-    for a, b in zip(
-        step(module, noise, module.log_alpha), step(structure, noise, structure.log_alpha), strict=True
-    ):
+    for a, b in zip(step(module, noise, module.log_alpha), step(structure, noise, structure.log_alpha), strict=True):
         close(a, b)
 
 

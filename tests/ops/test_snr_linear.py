@@ -341,7 +341,7 @@ def test_gradcheck(skip, closed, backend):
 @each_backend
 @each_skip
 def test_torch_func(skip, backend):
-    """Batched gradients, per-call vmap and forward mode agree with plain autograd; closed gates stay without gradient."""
+    """Batched gradients, vmap and forward mode agree with plain autograd."""
     plain = Snr(3, 2, 3, 2, 4, 0.5).tensors()
     inputs = [t.clone().requires_grad_() for t in plain]
     call = on(backend, "tanh", skip)

@@ -95,16 +95,14 @@ def build_linear(target, dtype, shape, activation, weight=None, precision="ieee"
 def build_snr(target, dtype, shape, activation, weight=None, precision="ieee", skip=True):
     features, width = shape
     cores = dtype != "fp32" or precision == "tf32"
-    for kernel, m, n, extra in (
-        (snr_linear.forward_kernel, None, features, {"BIAS": True, "SAVE": activation == "gelu"}),
-        (snr_linear.dx_kernel, None, width, {}),
-        (snr_linear.dw_kernel, features, width, {"NEED_W": True, "NEED_G": True}),
-    ):
-        itemsize = 4 if dtype == "fp32" else 2
-        if kernel is snr_linear.forward_kernel:
-            tile = snr_linear.pick_forward(n, width, itemsize, cores, target)
-        else:
-            tile = pick_gemm(m, n, width, itemsize, cores, target, through_registers=True)
+    itemsize = 4 if dtype == "fp32" else 2
+    for kernel, tile, extra in (
+        (snr_linear.forward_kernel, snr_linear.pick_forward(features, width, itemsize, cores, target),
+         {"BIAS": True, "SAVE": activation == "gelu"}),
+        (snr_linear.dx_kernel, snr_linear.pick_dx(width, itemsize, cores, target), {}),
+        (snr_linear.dw_kernel, pick_gemm(features, width, None, itemsize, cores, target, through_registers=True),
+         {"NEED_W": True, "NEED_G": True}),
+    ):  # fmt: skip
         constants = dict(SKIP=skip, ACTIVATION=activation, PRECISION=precision, UPCAST=False, BM=tile.m, BN=tile.n,
                          BK=tile.k, GROUP=8, **extra)  # fmt: skip
         build(kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape, activation=activation,
