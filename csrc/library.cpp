@@ -59,6 +59,21 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "star_linear_backward(Tensor grad, Tensor x, Tensor domain, Tensor weight, Tensor domain_weight, Tensor saved,"
       " str activation, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // z = min(1, max(0, s (zeta - gamma) + gamma)); second output: s, in the type of sums.
+  define_forward(m, "hard_concrete",
+                 "(Tensor log_alpha, Tensor? noise, float beta, float gamma, float zeta) -> (Tensor, Tensor)");
+  m.def("hard_concrete_backward(Tensor grad, Tensor s, float beta, float gamma, float zeta, bool sampled) -> Tensor");
+  // Expected number of open connections, a scalar, and its gradient.
+  define_forward(m, "hard_concrete_l0", "(Tensor log_alpha, float beta, float gamma, float zeta) -> (Tensor, Tensor)");
+  m.def("hard_concrete_l0_backward(Tensor grad, Tensor slope) -> Tensor");
+  // Y[b,i,:] = act(sum_j gate[i,j] W_ij x[b,j,:] + c_i). Second output: z, as expert_linear's.
+  define_forward(m, "snr_linear",
+                 "(Tensor x, Tensor weight, Tensor gate, Tensor? bias, str activation, bool skip_closed, bool save)"
+                 " -> (Tensor, Tensor)");
+  // needs: bit 1 dx, 2 dweight, 4 dgate, 8 dbias. skip_closed: a gate at 0 has no gradient, nor has its weight.
+  m.def(
+      "snr_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor saved, str activation,"
+      " bool skip_closed, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
   // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.

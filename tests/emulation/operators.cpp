@@ -10,5 +10,6 @@
 #include "expert_linear.cu"
 #include "library.cpp"
 #include "masked_bce.cu"
+#include "hard_concrete.cu"
 #include "mix.cu"
 #include "partitioned_norm.cu"

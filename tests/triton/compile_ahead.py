@@ -18,21 +18,23 @@ from triton.compiler import ASTSource
 from mtlkernels.triton import (
     esmm_loss,
     expert_linear,
+    hard_concrete,
     losses,
     masked_bce,
     mix,
     mix_channels,
     partitioned_norm,
+    snr_linear,
     star_linear,
 )
 from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db",
-                                      "partial_bias")}  # fmt: skip
+                                      "partial_bias", "gate", "dgate", "noise", "s", "slope", "total")}  # fmt: skip
 INT32, INT64 = {"map_ptr", "offset_ptr", "tile_ptr", "chunk_ptr"}, {"order_ptr"}
 TILE = {"BB", "TP", "BE", "BD", "UNROLL", "BM", "BN", "BK", "GROUP"}  # sizes that a pick function chooses
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
-ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
+ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "x_j", "dx_b"}
 
 
 def build(kernel, target, dtype, warps, constants, stages=3, weight=None, ones=(), types=None, **labels):
@@ -158,6 +160,33 @@ def build_star(target, dtype, shape, activation, weight=None, precision="ieee", 
         build(star_linear.combine_kernel, target, dtype, 4, constants, weight=weight, shape=shape, ones=ones)
 
 
+def build_snr(target, dtype, shape, activation, weight=None, precision="ieee", skip=True):
+    features, width = shape
+    cores = dtype != "fp32" or precision == "tf32"
+    itemsize = 4 if dtype == "fp32" else 2
+    for kernel, tile, extra in (
+        (snr_linear.forward_kernel, snr_linear.pick_forward(features, width, itemsize, cores, target),
+         {"BIAS": True, "SAVE": activation == "gelu"}),
+        (snr_linear.dx_kernel, snr_linear.pick_dx(width, itemsize, cores, target), {}),
+        (snr_linear.dw_kernel, pick_gemm(features, width, None, itemsize, cores, target, through_registers=True),
+         {"NEED_W": True, "NEED_G": True}),
+    ):  # fmt: skip
+        constants = dict(SKIP=skip, ACTIVATION=activation, PRECISION=precision, UPCAST=False, BM=tile.m, BN=tile.n,
+                         BK=tile.k, GROUP=8, **extra)  # fmt: skip
+        build(kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape, activation=activation,
+              precision=precision)  # fmt: skip
+    rows, columns = snr_linear.BIAS_TILE
+    build(snr_linear.db_kernel, target, dtype, 4, {"ACTIVATION": activation, "BM": rows, "BN": columns})
+
+
+def build_hard_concrete(target, dtype):
+    constants = {"BETA": 2 / 3, "GAMMA": -0.1, "ZETA": 1.1, "BLOCK": hard_concrete.BLOCK}
+    build(hard_concrete.sample_kernel, target, dtype, 4, {**constants, "SAMPLED": True, "LOW": 1e-6, "HIGH": 1 - 1e-6})
+    del constants["BETA"]
+    build(hard_concrete.backward_kernel, target, dtype, 4, {**constants, "SCALE": 1.8})
+    build(hard_concrete.l0_kernel, target, dtype, 4, {"SHIFT": -1.6, "BLOCK": hard_concrete.BLOCK})
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -172,6 +201,9 @@ def main(target: int, everything: bool) -> None:
     build_norm(target, "fp32", 256)
     build_star(target, "bf16", (256, 256), "gelu")
     build_star(target, "fp32", (128, 512), "relu")
+    build_snr(target, "bf16", (256, 256), "gelu")
+    build_snr(target, "fp32", (64, 128), "relu", skip=False)
+    build_hard_concrete(target, "bf16")
     if not everything:
         return
     for dtype in ("bf16", "fp32"):
@@ -196,9 +228,13 @@ def main(target: int, everything: bool) -> None:
         for shape in ((256, 256), (64, 128), (16, 64)):
             for activation in ("", "relu", "gelu", "silu", "tanh"):
                 build_linear(target, dtype, shape, activation)
+                build_snr(target, dtype, shape, activation)
+        build_hard_concrete(target, dtype)
     for activation in ("relu", "gelu"):
         build_linear(target, "bf16", (256, 256), activation, weight="fp32")
         build_linear(target, "fp32", (256, 256), activation, precision="tf32")
+        build_snr(target, "bf16", (256, 256), activation, weight="fp32", skip=False)
+        build_snr(target, "fp32", (256, 256), activation, precision="tf32")
 
     build_linear(target, "bf16", (1, 1), "relu", ones=("N", "K", "span", "total", "x_b", "x_u", "dx_b"))
     ones = ("T", "E", "D", "h_b", "h_e", "g_b", "g_t", "logit_b", "logit_t", "dlogit_b", "dlogit_t", "static_t",
