@@ -91,7 +91,7 @@ cuda: build
 # under a second where it is done already.
 gpu-check: export MTLKERNELS_NATIVE := 0
 gpu-check: $(STAMP)
-	$(PY) -m bench.gpu_check --parts build,$(PARTS) $(if $(LIMIT),--limit $(LIMIT)) $(if $(RESULTS),--out "$(RESULTS)")
+	env -u MTLKERNELS_NATIVE $(PY) -m bench.gpu_check --parts build,$(PARTS) $(if $(LIMIT),--limit $(LIMIT)) $(if $(RESULTS),--out "$(RESULTS)")
 
 reproduce: build
 	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }

@@ -56,7 +56,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     least = ["--small"] if small else []
     pytest = [*python, "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *(["-n", "4"] if _has("xdist") else [])]
     pytest += ["--timeout", "300"] if _has("pytest_timeout") else []
-    cuda = {"MTLKERNELS_CUDA": "0" if device == "cpu" else "1", "MTLKERNELS_NATIVE": "1"}
+    cuda = {"MTLKERNELS_CUDA": "0" if device == "cpu" else "1"}
     if device != "cpu" and "MTLKERNELS_CUDA_ARCHS" not in os.environ:
         cuda["MTLKERNELS_CUDA_ARCHS"] = _architecture()
     calibrated = [*python, "bench.calibrate", *on, "--seconds", "0.02" if small else "0.5", *least]
