@@ -21,18 +21,6 @@ constexpr int64_t kBlockBytes = 256 << 10;
 constexpr int64_t kDepth = 256;
 constexpr int64_t kGradientRows = 256;
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-const LinearKernels& kernels() {
-  static const LinearKernels& best = MTL_BEST_ISA(linear_kernels);
-  return best;
-}
-
-const SnrTable& elementwise() {
-  static const SnrTable& best = MTL_BEST_ISA(snr_kernels);
-  return best;
-}
-
 // A type as the kernels of both tables serve it.
 struct Type {
   ScalarType dtype;
@@ -44,7 +32,7 @@ struct Type {
 Type type_of(ScalarType dtype, const char* argument) {
   const int storage = int(storage_of(dtype, argument));
   constexpr size_t sizes[] = {sizeof(double), sizeof(float), sizeof(BFloat16), sizeof(Half)};
-  return {dtype, sizes[storage], &kernels().by_storage[storage], &elementwise().by_storage[storage]};
+  return {dtype, sizes[storage], &linear_kernels().by_storage[storage], &MTL_BEST_ISA(snr_kernels).by_storage[storage]};
 }
 
 struct Problem {
@@ -73,8 +61,8 @@ Problem problem(const Tensor& x, const Tensor& weight, const Tensor& gate, bool 
   p.x = type_of(x.scalar_type(), "x"), p.weight = type_of(weight.scalar_type(), "weight");
   const bool is_double = x.scalar_type() == ScalarType::Double;
   p.sums = type_of(is_double ? ScalarType::Double : ScalarType::Float, "x");
-  p.tile_rows = kernels().tile_rows;
-  p.tile_cols = is_double ? kernels().tile_cols_double : kernels().tile_cols_float;
+  p.tile_rows = linear_kernels().tile_rows;
+  p.tile_cols = linear_kernels().of_size(p.sums.size).tile_cols;
   const Tensor flat = dense(gate);
   p.gates.resize(gate.numel());
   with_type(gate.scalar_type(), "gate", [&](auto s) {
@@ -217,7 +205,7 @@ struct ParameterGradients {
 void parameter_gradients(const Problem& p, const Tensor& x, const Tensor& weight, const Rows& dz,
                          ParameterGradients& to) {
   const bool with_sums = to.weight || !to.gates.empty(), direct = to.weight && p.weight.size == p.sums.size;
-  const auto accumulate = p.x.dtype == ScalarType::Double ? kernels().accumulate_double : kernels().accumulate_float;
+  const SumKernels& kernels = linear_kernels().of_size(p.sums.size);
   const Rows from = rows_of(x);
   struct Task {
     int64_t first, last, col, cols;  // outputs, and which of their columns
@@ -232,8 +220,9 @@ void parameter_gradients(const Problem& p, const Tensor& x, const Tensor& weight
   run_tasks(int64_t(tasks.size()), p.work, [&](int64_t n) {
     const Task& t = tasks[n];
     const int64_t block = t.cols * p.features, size = int64_t(p.sums.size);
-    const int64_t panel = round_up(t.cols, p.tile_rows) * kDepth * size;
-    char* a = static_cast<char*>(scratch(1, (t.last - t.first) * panel + 64));
+    const int64_t panel = round_up(t.cols, p.tile_rows) * round_up(kDepth, p.tile_rows) * size;
+    char* a = static_cast<char*>(scratch(1, (t.last - t.first + 1) * panel + 2 * kPastEnd));
+    char* rows = a + (t.last - t.first) * panel + kPastEnd;
     void* b = scratch(2, round_up(p.features, p.tile_cols) * kDepth * size);
     const int64_t own_blocks = direct || !with_sums ? 0 : (t.last - t.first) * p.inputs;
     char* own = static_cast<char*>(scratch(3, (own_blocks * block + (t.last - t.first) * t.cols) * size));
@@ -252,15 +241,16 @@ void parameter_gradients(const Problem& p, const Tensor& x, const Tensor& weight
     for (int64_t r = 0; r < p.batch; r += kDepth) {
       const int64_t depth = std::min(kDepth, p.batch - r);
       for (int64_t i = t.first; i < t.last; ++i) {
-        p.x.pack->columns(dz.from(r, i, t.col, p.x.size), depth, t.cols, a + (i - t.first) * panel,
-                          to.bias ? column_sums + (i - t.first) * t.cols * size : nullptr);
+        p.x.pack->rows(dz.from(r, i, t.col, p.x.size), depth, t.cols, rows);
+        if (to.bias) kernels.add_rows(rows, depth, t.cols, column_sums + (i - t.first) * t.cols * size);
+        kernels.turn(rows, depth, t.cols, a + (i - t.first) * panel);
       }
       for (int64_t j = 0; with_sums && j < p.inputs; ++j) {
         if (!any_uses(j)) continue;
-        p.x.pack->columns_wide(from.from(r, j, 0, p.x.size), depth, p.features, b, nullptr);
+        p.x.pack->columns_wide(from.from(r, j, 0, p.x.size), depth, p.features, b);
         for (int64_t i = t.first; i < t.last; ++i)
           if (p.uses[i * p.inputs + j])
-            accumulate(a + (i - t.first) * panel, b, t.cols, p.features, depth, sums_of(i, j), p.features, r > 0);
+            kernels.accumulate_turned(a + (i - t.first) * panel, b, t.cols, p.features, depth, sums_of(i, j), p.features, r > 0);
       }
     }
     for (int64_t i = t.first; i < t.last; ++i) {

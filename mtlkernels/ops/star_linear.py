@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import star_linear as _plain
-from ._operator import Grads, Operator
 from ..reference.expert_linear import NEED_INPUT as _NEED_INPUT
+from ._operator import Grads, Operator
 from .expert_linear import _FLOATS, ACTIVATIONS, _autocast
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
