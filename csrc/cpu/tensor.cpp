@@ -97,6 +97,7 @@ size_t element_size(ScalarType dtype) {
 
 Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int64_t strides[4];
+  STD_TORCH_CHECK(dims <= 4, "a tensor of more than four dimensions");
   int64_t numel = 1, elements = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = numel;
