@@ -37,6 +37,17 @@ def _slice(arg: Any, dim: Any, i: int) -> Any:
     return arg.select(dim, i) if arg.shape[dim] else arg.new_zeros(arg.shape[:dim] + arg.shape[dim + 1 :])
 
 
+def many_small_slices(tensor: Tensor) -> bool:
+    """Whether vmap cuts the call into so many and so small slices that one batched plain form is faster than a kernel
+    call a slice (30 us each): gradients of single rows, say. `tensor` is an argument as the innermost function sees it.
+    """
+    slices = 1
+    for layer in torch._C._functorch.get_interpreter_stack() or ():
+        if layer.key() == torch._C._functorch.TransformType.Vmap:
+            slices *= torch._C._functorch.CVmapInterpreterPtr(layer).batchSize()
+    return slices > 16 and tensor.numel() < 1 << 14
+
+
 class _Rest:
     """What belongs to a call beside tensors, as one object that functorch does not look into."""
 
@@ -111,7 +122,7 @@ def functional(
             # Of the further outputs nobody sees any, so their gradients are zero.
             tensors = ctx.saved_tensors[:num_tensors]
             needs = tuple(ctx.needs_input_grad[1:])
-            if torch.autograd.forward_ad._current_level >= 0:
+            if torch.autograd.forward_ad._current_level >= 0 or many_small_slices(grad):
                 found = pull_back(reference, tensors, ctx.values, needs, grad)
             else:
                 found = Gradient.apply(_Rest(values=ctx.values, needs=needs), grad, *ctx.saved_tensors)

@@ -4,7 +4,7 @@ An operator is a forward and a backward dispatcher op with the same schema in tw
 library) and ``mtlkernels_triton``. Under compile and export the op itself is called, and the autograd formula
 registered on it serves. That formula runs in Python and costs 8 us a call, and stepping below it with a guard 1 us; so
 eager mode calls a twin, ``<name>_eager``, the same kernel without a formula, from an autograd.Function that is left
-out when no gradient is wanted.
+out when no gradient is wanted. Under torch.func's transforms those of :mod:`._functional` serve.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _library, backend
-from ._functional import Grads, functional, register_vmap
+from ._functional import Grads, functional, many_small_slices, register_vmap
 
 # Other types, FakeTensor and DTensor among them, take the long way.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -87,7 +87,7 @@ class Operator:
         if which == "reference" or forward_ad._current_level >= 0:
             return self.reference(*args)[0]
         if torch._C._are_functorch_transforms_active():
-            return self._functional[which](*args)
+            return self.reference(*args)[0] if many_small_slices(args[0]) else self._functional[which](*args)
         if wants_grad and torch.is_grad_enabled():
             return self._function[which].apply(*args)
         return self._eager[which](*args)[0]
@@ -145,8 +145,8 @@ class Operator:
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Grads:
                 grads = (grad, *(None,) * (num_outputs - 1))
-                # What the kernel does not know: gradients of gradients, and their tangents.
-                if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                # What the kernel does not know, gradients of gradients and their tangents, and what it is slow at.
+                if torch.is_grad_enabled() or forward_ad._current_level >= 0 or many_small_slices(grad):
                     found = _plain_gradients(
                         reference,
                         ctx.saved_tensors[:num_tensors],
@@ -167,7 +167,9 @@ class Operator:
             # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
             self.differentiable = super(torch.autograd.Function, Eager).apply
             only = getattr(ops, f"{self.name}_only", None)
-            self.kernel = (lambda *args: kernel(*args)[0]) if only is None else getattr(only.default, "_op", only.default)
+            self.kernel = (
+                (lambda *args: kernel(*args)[0]) if only is None else getattr(only.default, "_op", only.default)
+            )
 
     def _define_triton(self, schemas: tuple[str, str]) -> None:
         self._library = torch.library.Library("mtlkernels_triton", "FRAGMENT")  # definitions live as long as this

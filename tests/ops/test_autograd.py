@@ -239,6 +239,30 @@ def test_transforms_agree_with_the_reference(name, how):
 
 
 @native_only
+@some
+def test_many_small_slices_go_in_one_piece(name):
+    """Gradients of single rows: a kernel call for each would take longer than the plain form for all of them."""
+    call, inputs = tiny_call(name, "native"), tiny_inputs(name)
+    argnums = tuple(range(len(inputs)))
+    rows = [torch.stack([t.detach() * i for i in range(17)]) for t in inputs]
+    out = call(*inputs)
+    grads = random_grad(torch.stack([out] * 17))
+    _, pull = torch.func.vjp(call, *(t.detach() for t in inputs))
+    gradient = torch.func.grad(lambda *t: call(*t).square().sum(), argnums)
+    with Ran() as ran:
+        rowwise = torch.func.vmap(gradient)(*rows)
+        batched = torch.vmap(lambda g: torch.autograd.grad(out, inputs, g, retain_graph=True))(grads)
+        pulled = torch.func.vmap(pull)(grads)
+    assert not ran.counts
+    for i in (0, 7, 16):
+        single = torch.autograd.grad(out, inputs, grads[i], retain_graph=True)
+        for j, wanted in enumerate(gradient(*(t[i] for t in rows))):
+            close(rowwise[j][i], wanted)
+            close(batched[j][i], single[j])
+            close(pulled[j][i], single[j])
+
+
+@native_only
 @pytest.mark.parametrize("name", ["expert_linear", "mix both packed"])
 def test_compiled_transforms(name):
     """The compiler traces torch.func's transforms into the plain form."""
