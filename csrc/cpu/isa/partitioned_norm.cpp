@@ -10,7 +10,7 @@ namespace mtl::MTL_ISA {
 namespace {
 
 constexpr int64_t kGroup = 4;   // rows that share a load of a column's sums or coefficients
-constexpr int64_t kArrays = 6;  // of one number a column
+constexpr int64_t kArrays = 4;  // of one number a column
 
 template <class V, class C>
 inline V get(const C* p) {
@@ -81,8 +81,12 @@ class Task {
   // Where to write rows of out, and what is to be done afterwards.
   template <int64_t n>
   void out_rows(const int64_t* row, C** y) const {
-    for (int64_t r = 0; r < n; ++r)
-      y[r] = std::is_same_v<S, C> ? (C*)out(row[r]) : memory_ + (2 * kGroup + r) * kNormColumns;
+    for (int64_t r = 0; r < n; ++r) {
+      if constexpr (std::is_same_v<S, C>)
+        y[r] = out(row[r]);
+      else
+        y[r] = memory_ + (2 * kGroup + r) * kNormColumns;
+    }
   }
   template <int64_t n>
   void store_rows(const int64_t* row, C** y) const {
@@ -94,7 +98,11 @@ class Task {
   // keep the digits that sums of the numbers themselves would lose.
   const C* shift() const {
     const C* x = widened(args.x, args.plan->rows[chunk(domain.first).begin] * args.x_row, 0);
-    return std::is_same_v<S, C> ? x : std::copy_n(x, columns, array(kArrays - 1)) - columns;
+    if constexpr (!std::is_same_v<S, C>) {  // out of the way of the rows to come
+      std::copy_n(x, columns, array(kArrays - 1));
+      x = array(kArrays - 1);
+    }
+    return x;
   }
 
  private:
