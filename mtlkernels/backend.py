@@ -151,7 +151,7 @@ def native_support(op: str, on_gpu: bool) -> Predicate:
         if case.device != "cuda":
             return Support(False, f"no kernel for device {case.device}")
         if not on_gpu:
-            return Support(False, f"{op} has no CUDA C++ kernel yet; cuBLAS serves through the reference")
+            return Support(False, f"{op} has no CUDA C++ kernel yet")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mtlkernels::{op}", "CUDA"):
             return Support(False, "the library was built without nvcc")
         ok = case.dtype in (torch.float32, torch.bfloat16, torch.float16)

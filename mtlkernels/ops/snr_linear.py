@@ -155,4 +155,5 @@ OPERATOR = Operator(
         "triton": _backend.triton_support,
         "reference": _backend.reference_support,
     },
+    autocast=True,
 )

@@ -371,6 +371,6 @@ def test_bad_input(error, match, change):
 
 
 def test_explain():
-    lines = mtl.explain("partitioned_norm", *GOOD.values(), backend="reference").splitlines()
+    lines = mtl.explain("partitioned_norm", **GOOD, backend="reference").splitlines()
     assert lines[0] == "partitioned_norm on cpu, float32: reference (asked for)" and len(lines) == 4
     assert mtl.explain("partitioned_norm", **GOOD) == mtl.explain("partitioned_norm", X)
