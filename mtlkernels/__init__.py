@@ -2,7 +2,7 @@
 
 from ._library import build_info, empty_cache
 from .backend import use_backend
-from .ops import Routes, adatt_mix, expert_linear, gated_mix, linear_mix, mix
+from .ops import Routes, adatt_mix, expert_linear, expert_mix, gated_mix, linear_mix, mix
 from .ops.explain import explain
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "build_info",
     "empty_cache",
     "expert_linear",
+    "expert_mix",
     "explain",
     "gated_mix",
     "linear_mix",
