@@ -30,10 +30,19 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   define_forward(m, "expert_mix",
                  "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
                  " int[]? experts_per_unit, str activation) -> (Tensor, Tensor)");
-  // needs: bit 1 dx, 2 dweight, 4 dbias, 8 dlogits, 16 dstatic.
+  // Backward computes the experts' outputs again. needs: bit 1 dx, 2 dweight, 4 dbias, 8 dlogits, 16 dstatic.
   m.def(
       "expert_mix_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits,"
       " Tensor? static, Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor lse, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same where time counts more than memory. Third output, for backward: the experts' outputs [B,E,D], before the
+  // activation for gelu and silu.
+  define_forward(m, "expert_mix_saving",
+                 "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
+                 " int[]? experts_per_unit, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "expert_mix_saving_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits,"
+      " Tensor? static, Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor saved, int needs)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");

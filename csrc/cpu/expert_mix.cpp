@@ -10,11 +10,9 @@ namespace mtl {
 namespace {
 
 // Outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
-constexpr int64_t kSetColumns = 512;
+constexpr int64_t kSetColumns = 1024;
 // Packed weights of a phase. One huge page; a share of the last-level cache, which every row block reads them from.
 constexpr int64_t kPhaseBytes = int64_t{2} << 20;
-// Batch rows of a task.
-constexpr int64_t kBlockRows = 96;
 // Sums of 16 bit outputs over several phases.
 constexpr int64_t kSumBytes = int64_t{16} << 20;
 
@@ -46,18 +44,24 @@ struct Forward {
   char* sums;  // [rows of a range, T, D] in the type of sums, from row `range` on; null: a task's own
   int64_t range;
   bool in_place;  // out is in the type of sums
+  char* saved;    // [B,E,D] like x, what backward reads again: h, or z where the activation's gradient needs it; or null
 
   size_t scratch_bytes(int64_t rows) const {
     const auto bytes = [&](int64_t numbers) { return Pieces::bytes(numbers, call.size); };
-    return bytes(call.to_rows(rows) * call.features) + bytes(rows * call.largest_set * call.width) +
+    const int64_t outputs = rows * call.largest_set * call.width;
+    return bytes(call.to_rows(rows) * call.features) + bytes(outputs) + bytes(saves_input() ? outputs : 0) +
            bytes(rows * call.most_routes) + bytes(in_place || sums ? 0 : rows * call.tasks * call.width);
   }
+
+  bool saves_input() const { return saved && needs_input(call.activation); }
 
   // Batch rows [b, b + rows) of a phase. panels: its packed weights.
   void block(const Phase& phase, const char* panels, int64_t b, int64_t rows) const {
     Pieces pieces(scratch(1, scratch_bytes(rows)), call.size);
     void* a = pieces.take(call.to_rows(rows) * call.features);
-    char* h = static_cast<char*>(pieces.take(rows * call.largest_set * call.width));
+    const int64_t outputs = rows * call.largest_set * call.width;
+    char* h = static_cast<char*>(pieces.take(outputs));
+    char* z = static_cast<char*>(pieces.take(saves_input() ? outputs : 0));
     void* weights = pieces.take(rows * call.most_routes);
     const int64_t row_size = call.tasks * call.width;
     void* to = in_place ? out + b * row_size * call.size
@@ -71,9 +75,16 @@ struct Forward {
         packed = run.input;
         const int64_t cols = run.count * call.width;
         const char* bias = panels + call.to_cols(cols) * call.features * call.size;
-        const Output y{h + run.place * call.width * call.size, nullptr, call.with_bias ? bias : nullptr,
-                       call.activation, set.experts() * call.width};
+        const int64_t place = run.place * call.width * call.size, stride = set.experts() * call.width;
+        const Output y{h + place, saves_input() ? z + place : nullptr, call.with_bias ? bias : nullptr, call.activation,
+                       stride};
         call.pack_sum->multiply(a, panels, rows, cols, call.features, y);
+        if (saved) {
+          const char* from = static_cast<const char*>(y.z ? y.z : y.y);
+          char* keep = saved + (b * call.experts + run.first) * call.width * call.element;
+          for (int64_t r = 0; r < rows; ++r)
+            call.pack->narrow(from + r * stride * call.size, keep + r * call.experts * call.width * call.element, cols);
+        }
         panels += panel_numbers(call, run) * call.size;
       }
       call.kernels->weights(call.gates, set.routing, b, b + rows, weights);
@@ -101,14 +112,11 @@ void pack(const ExpertMixCall& call, const Phase& phase, char* panels) {
   });
 }
 
-std::tuple<Tensor, Tensor> expert_mix(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& logits, const OptionalTensor& fixed,
-                                      const OptionalTensor& mask, const OptionalTensor& columns,
-                                      std::optional<std::vector<int64_t>> experts_per_unit, std::string activation) {
-  ExpertMixCall call =
-      prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, experts_per_unit, activation, kSetColumns);
+// out and lse; saved, where given, is filled for backward.
+std::tuple<Tensor, Tensor> run(ExpertMixCall& call, Tensor* saved) {
+  const Tensor& x = call.x;
   Tensor out = allocate({call.batch, call.tasks, call.width}, x.scalar_type());
-  Tensor lse = logits ? allocate({call.batch, call.tasks}, call.sum) : allocate({0}, call.sum);
+  Tensor lse = call.gates.logits ? allocate({call.batch, call.tasks}, call.sum) : allocate({0}, call.sum);
   call.normalise(&lse);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   if (out.numel() == 0) return {out, lse};
@@ -125,10 +133,15 @@ std::tuple<Tensor, Tensor> expert_mix(const Tensor& x, const Tensor& weight, con
   const Tensor sums = keep ? allocate({std::min(range, call.batch), call.tasks, call.width}, call.sum) : Tensor();
   // A few rows are shared out too; how rows are cut changes no bit of the result.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t rows = std::min(kBlockRows, call.to_rows((call.batch + 2 * threads - 1) / (2 * threads)));
+  const int64_t rows = std::min(call.block_rows(), call.to_rows((call.batch + 2 * threads - 1) / (2 * threads)));
   for (int64_t first = 0; first < call.batch; first += range) {
     const int64_t end = std::min(call.batch, first + range);
-    const Forward forward{call, to, keep ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr, first, in_place};
+    const Forward forward{call,
+                          to,
+                          keep ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr,
+                          first,
+                          in_place,
+                          saved ? static_cast<char*>(saved->mutable_data_ptr()) : nullptr};
     for (const Phase& phase : phases) {
       pack(call, phase, panels);
       run_tasks((end - first + rows - 1) / rows, call.work() / double(phases.size()), [&](int64_t i) {
@@ -140,11 +153,35 @@ std::tuple<Tensor, Tensor> expert_mix(const Tensor& x, const Tensor& weight, con
   return {out, lse};
 }
 
+using Counts = std::optional<std::vector<int64_t>>;
+
+std::tuple<Tensor, Tensor> expert_mix(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& logits, const OptionalTensor& fixed,
+                                      const OptionalTensor& mask, const OptionalTensor& columns, Counts counts,
+                                      std::string activation) {
+  ExpertMixCall call =
+      prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, counts, activation, kSetColumns);
+  return run(call, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> expert_mix_saving(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                     const OptionalTensor& logits, const OptionalTensor& fixed,
+                                                     const OptionalTensor& mask, const OptionalTensor& columns,
+                                                     Counts counts, std::string activation) {
+  ExpertMixCall call =
+      prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, counts, activation, kSetColumns);
+  Tensor saved = allocate({call.batch, call.experts, call.width}, x.scalar_type());
+  auto [out, lse] = run(call, &saved);
+  return {out, lse, saved};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("expert_mix", TORCH_BOX(&expert_mix));
   m.impl("expert_mix_eager", TORCH_BOX(&expert_mix));
+  m.impl("expert_mix_saving", TORCH_BOX(&expert_mix_saving));
+  m.impl("expert_mix_saving_eager", TORCH_BOX(&expert_mix_saving));
 }
 
 }  // namespace mtl

@@ -1,6 +1,8 @@
 // One call of expert_mix on a CPU, as forward and backward share it: its tensors, its experts cut into sets.
 #pragma once
 
+#include <algorithm>
+
 #include "expert_mix_kernels.h"
 #include "linear_kernels.h"
 #include "tensor.h"
@@ -40,6 +42,11 @@ struct ExpertMixCall {
   double work() const { return double(batch) * experts * width * features; }
   int64_t to_rows(int64_t n) const { return (n + tile_rows - 1) / tile_rows * tile_rows; }
   int64_t to_cols(int64_t n) const { return (n + tile_cols - 1) / tile_cols * tile_cols; }
+  // Batch rows to take at a time: each set of experts passes over their [T,D] sums or gradients, which stay in L2.
+  int64_t block_rows() const {
+    const int64_t rows = (int64_t{1} << 15) / std::max<int64_t>(1, tasks * width);
+    return std::clamp<int64_t>(rows, 24, 96) / tile_rows * tile_rows;
+  }
   // Rows of unit `input` of x, from batch row b.
   Operand input_rows(int64_t input, int64_t b) const;
   // The weights of a run, [count * D, K].

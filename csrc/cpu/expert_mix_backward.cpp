@@ -1,5 +1,5 @@
-// expert_mix on a CPU, backward: the experts' outputs are computed once more, a block of rows and a set of experts at a
-// time, and from them, while they are in the cache, everything else:
+// expert_mix on a CPU, backward: the experts' outputs are computed once more, or read where forward saved them, a block
+// of rows and a set of experts at a time, and from them, while they are in the cache, everything else:
 //
 //   dA = <dO, h>      dZ = (sum_t A dO) act'      dX += dZ W      dW += dZ^T X      db += sum_b dZ
 //
@@ -11,12 +11,11 @@ namespace mtl {
 
 namespace {
 
-constexpr int64_t kSetColumns = 256;
-constexpr int64_t kBlockRows = 96;
+constexpr int64_t kSetColumns = 512;
 // A part has this many rows at least, and there are so many parts at most: each holds a dW of its own.
 constexpr int64_t kPartRows = 768, kParts = 8;
 // Shares of the sets: each holds a dX of its own for the units it has in common with others.
-constexpr int64_t kShares = 8;
+constexpr int64_t kShares = 4;
 // Batch rows of a task that finishes dlogits and dstatic.
 constexpr int64_t kFinishRows = 256;
 
@@ -39,12 +38,14 @@ struct InputSum {
 
 class Backward {
  public:
-  Backward(const ExpertMixCall& call, const Tensor& grad, const Needs& needs) : call_(call), grad_(grad), needs_(needs) {
+  // saved: what forward saved for it, or null, and then it is computed once more.
+  Backward(const ExpertMixCall& call, const Tensor& grad, const Tensor* saved, const Needs& needs)
+      : call_(call), grad_(grad), saved_(saved), needs_(needs) {
     const int64_t parts = std::clamp<int64_t>(call.batch / kPartRows, 1, kParts);
     part_rows_ = std::max<int64_t>(1, (call.batch + parts - 1) / parts);
     parts_ = (call.batch + part_rows_ - 1) / part_rows_;
     shares_ = std::min<size_t>(call.sets.size(), kShares);
-    rows_ = std::min(part_rows_, kBlockRows);
+    rows_ = std::min(part_rows_, call.block_rows());
   }
 
   // Fills da [B, columns] where there is a route, and the gradients that are needed.
@@ -80,8 +81,8 @@ class Backward {
       first_panel_.push_back(panels_.size());
       for (const ExpertRun& run : set.runs) {
         const int64_t cols = run.count * call_.width, padded = call_.to_cols(cols);
-        Panels p{&run, total, total + padded * call_.features, 0};
-        p.gradient = p.bias + (call_.with_bias ? padded : 0);
+        Panels p{&run, total, total + (saved_ ? 0 : padded * call_.features), 0};
+        p.gradient = p.bias + (call_.with_bias && !saved_ ? padded : 0);
         total = p.gradient + (needs_.x ? cols * call_.to_cols(call_.features) : 0);
         panels_.push_back(p);
       }
@@ -91,8 +92,8 @@ class Backward {
       const Panels& p = panels_[i];
       const Operand weight = call_.weight_rows(*p.run);
       const int64_t cols = p.run->count * call_.width;
-      call_.pack_w->rows_wide(weight, cols, call_.features, at(packed_, p.forward));
-      call_.take_bias(*p.run, at(packed_, p.bias));
+      if (!saved_) call_.pack_w->rows_wide(weight, cols, call_.features, at(packed_, p.forward));
+      if (!saved_) call_.take_bias(*p.run, at(packed_, p.bias));
       if (needs_.x) call_.pack_w->columns_wide(weight, cols, call_.features, at(packed_, p.gradient), nullptr);
     });
   }
@@ -170,15 +171,7 @@ class Backward {
       const ExpertSet& set = call_.sets[s];
       const int64_t stride = set.experts() * call_.width;
       const Panels *panels = panels_.data() + first_panel_[s], *end = panels + set.runs.size();
-      for (const Panels* p = panels; p != end; ++p) {
-        const int64_t input = p->run->input, place = p->run->place * call_.width;
-        if (by_rows != input) call_.pack->rows(call_.input_rows(input, b), rows, call_.features, m.x_rows);
-        by_rows = input;
-        const Output y{at(m.h, place), needs_input(call_.activation) ? at(m.z, place) : nullptr,
-                       call_.with_bias ? at(packed_, p->bias) : nullptr, call_.activation, stride};
-        call_.pack_sum->multiply(m.x_rows, at(packed_, p->forward), rows, p->run->count * call_.width, call_.features,
-                                 y);
-      }
+      outputs(m, panels, end, stride, b, rows, by_rows);
       call_.kernels->weights(call_.gates, set.routing, b, b + rows, m.weights);
       call_.kernels->gradients(set.routing, rows, call_.width, m.weights, m.h, grad, m.dz, at(da_, b * call_.columns),
                                call_.columns);
@@ -199,6 +192,29 @@ class Backward {
       }
     }
     if (dx_of >= 0) put_dx(m, dx_of, share, b, rows);
+  }
+
+  // m.h, and m.z where the activation's gradient needs it, of a set. by_rows: the unit whose rows m.x_rows holds.
+  void outputs(const Buffers& m, const Panels* panels, const Panels* end, int64_t stride, int64_t b, int64_t rows,
+               int64_t& by_rows) {
+    const bool with_z = needs_input(call_.activation);
+    for (const Panels* p = panels; p != end; ++p) {
+      const int64_t input = p->run->input, place = p->run->place * call_.width, cols = p->run->count * call_.width;
+      if (saved_) {
+        const int64_t row = call_.experts * call_.width * call_.element;
+        const char* from = static_cast<const char*>(saved_->const_data_ptr()) + b * row +
+                           p->run->first * call_.width * call_.element;
+        for (int64_t r = 0; r < rows; ++r)
+          call_.pack->widen(from + r * row, at(with_z ? m.z : m.h, r * stride + place), cols);
+        continue;
+      }
+      if (by_rows != input) call_.pack->rows(call_.input_rows(input, b), rows, call_.features, m.x_rows);
+      by_rows = input;
+      const Output y{at(m.h, place), with_z ? at(m.z, place) : nullptr,
+                     call_.with_bias ? at(packed_, p->bias) : nullptr, call_.activation, stride};
+      call_.pack_sum->multiply(m.x_rows, at(packed_, p->forward), rows, cols, call_.features, y);
+    }
+    if (saved_ && with_z) call_.kernels->activate(call_.activation, m.z, m.h, rows * stride);
   }
 
   // dW and db of a run.
@@ -276,6 +292,7 @@ class Backward {
 
   const ExpertMixCall& call_;
   const Tensor& grad_;
+  const Tensor* saved_;
   const Needs needs_;
   int64_t parts_, part_rows_, rows_;
   size_t shares_;
@@ -316,18 +333,23 @@ void finish(const ExpertMixCall& call, const Tensor& da, const Tensor& dlse, boo
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mix_backward(
-    const Tensor& grad_in, const OptionalTensor& grad_lse, const Tensor& x, const Tensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
-    const OptionalTensor& columns, std::optional<std::vector<int64_t>> experts_per_unit, std::string activation,
-    const Tensor& lse, int64_t needed) {
-  (void)lse;  // the softmax is cheaper to repeat than to rebuild from the logsumexp, and exact
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Counts = std::optional<std::vector<int64_t>>;
+
+Gradients run(const Tensor& grad_in, const OptionalTensor& grad_lse, const Tensor& x, const Tensor& weight,
+              const OptionalTensor& bias, const OptionalTensor& logits, const OptionalTensor& fixed,
+              const OptionalTensor& mask, const OptionalTensor& columns, const Counts& counts,
+              const std::string& activation, const Tensor* saved_in, int64_t needed) {
   ExpertMixCall call =
-      prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, experts_per_unit, activation, kSetColumns);
+      prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, counts, activation, kSetColumns);
   const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(
       grad.numel() == call.batch * call.tasks * call.width && grad.scalar_type() == x.scalar_type(),
       "grad must be [B,T,D] in x's dtype");
+  STD_TORCH_CHECK(!saved_in || (saved_in->numel() == call.batch * call.experts * call.width &&
+                                saved_in->scalar_type() == x.scalar_type()),
+                  "saved must be [B,E,D] in x's dtype");
+  const Tensor saved = saved_in ? dense(*saved_in) : Tensor();
   const bool with_lse = grad_lse && logits;  // without logits lse is empty, and so is its gradient
   STD_TORCH_CHECK(
       !with_lse || (grad_lse->numel() == call.batch * call.tasks && grad_lse->scalar_type() == call.sum),
@@ -346,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mix_backward(
   Tensor da = needs.logits && dlogits.scalar_type() == call.sum ? dlogits
                                                                 : allocate({call.batch, call.columns}, call.sum);
   call.normalise(nullptr);
-  Backward(call, grad, needs).run(dx, dweight, dbias, da);
+  Backward(call, grad, saved_in ? &saved : nullptr, needs).run(dx, dweight, dbias, da);
   if (needs.logits || needs.fixed) {
     const auto done = call.sum == ScalarType::Double ? finish<double> : finish<float>;
     done(call, da, dlse, with_lse, needs.logits ? &dlogits : nullptr, needs.fixed ? &dstatic : nullptr);
@@ -354,8 +376,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> expert_mix_backward(
   return {dx, dweight, dbias, dlogits, dstatic};
 }
 
+Gradients expert_mix_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& x, const Tensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& logits, const OptionalTensor& fixed,
+                              const OptionalTensor& mask, const OptionalTensor& columns, Counts counts,
+                              std::string activation, const Tensor& lse, int64_t needs) {
+  (void)lse;  // the softmax is cheaper to repeat than to rebuild from the logsumexp, and exact
+  return run(grad, grad_lse, x, weight, bias, logits, fixed, mask, columns, counts, activation, nullptr, needs);
+}
+
+Gradients expert_mix_saving_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& x,
+                                     const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& logits,
+                                     const OptionalTensor& fixed, const OptionalTensor& mask,
+                                     const OptionalTensor& columns, Counts counts, std::string activation,
+                                     const Tensor& saved, int64_t needs) {
+  return run(grad, grad_lse, x, weight, bias, logits, fixed, mask, columns, counts, activation, &saved, needs);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) { m.impl("expert_mix_backward", TORCH_BOX(&expert_mix_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("expert_mix_backward", TORCH_BOX(&expert_mix_backward));
+  m.impl("expert_mix_saving_backward", TORCH_BOX(&expert_mix_saving_backward));
+}
 
 }  // namespace mtl

@@ -51,6 +51,10 @@ Routing routing_of(const ExpertMixCall& call, const std::vector<int32_t>& table,
       found.column.push_back(column);
     }
     found.uses.close_row(dense);
+    char adjacent = 1;
+    for (int64_t r = found.uses.begin[t] + 1; r < found.uses.begin[t + 1]; ++r)
+      adjacent &= found.column[r] == found.column[r - 1] + 1;
+    found.adjacent.push_back(adjacent);
   }
   for (const std::vector<int32_t>& routes : routes_of) {
     for (int32_t r : routes) {

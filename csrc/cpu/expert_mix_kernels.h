@@ -16,6 +16,7 @@ struct Routing {
   Lists users;                  // of each expert: its output rows
   std::vector<int32_t> route;   // of each place on users.index: its route
   std::vector<int32_t> column;  // of each route: its place among a batch row's logits, and among the static weights
+  std::vector<char> adjacent;   // of each output row: whether its columns follow one another
 
   int64_t routes() const { return int64_t(column.size()); }
 };
@@ -40,6 +41,8 @@ struct ExpertMixKernels {
   // rows of da.
   void (*gradients)(const Routing& set, int64_t rows, int64_t width, const void* a, const void* h, const void* grad,
                     void* dh, void* da, int64_t columns);
+  // h = act(z).
+  void (*activate)(Activation, const void* z, void* h, int64_t n);
   // grad *= act', from the activation's output, for gelu and silu its input.
   void (*through)(Activation, const void* saved, void* grad, int64_t n);
   // dlogits of batch rows [begin, end) from da [B, columns]; memory as for normalise.

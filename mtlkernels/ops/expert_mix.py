@@ -31,7 +31,9 @@ def expert_mix(
     """``O[b,t,:] = sum_e (softmax(logits) + static)[b,t,e] act(W_e x[b,unit(e),:] + c_e)``.
 
     What :func:`expert_linear` and :func:`mix` give one after the other, without the experts' outputs in between; these
-    are not rounded, and an expert that no row may use is left out altogether. Backward computes them once more.
+    are not rounded, and an expert that no row may use is left out altogether. Where a gradient is wanted, the native
+    kernel keeps them once, in x's dtype, for on a CPU to compute them again costs more than to read them; the Triton
+    kernels compute them again.
 
     Args:
         x: [B,K], read by every expert, or [B,U,K]; as in :func:`expert_linear`.
@@ -70,7 +72,8 @@ def expert_mix(
     _check_mix(outputs, logits, static, mask, routes)
     grad = any(t is not None and t.requires_grad for t in (x, weight, bias, logits, static))
     which = _backend.choose("expert_mix", backend, x)
-    return OPERATOR(which, grad, x, weight, bias, logits, static, mask, columns, counts, activation or "")
+    operator = SAVING if which == "native" and grad and torch.is_grad_enabled() else OPERATOR
+    return operator(which, grad, x, weight, bias, logits, static, mask, columns, counts, activation or "")
 
 
 def _forward_fake(
@@ -97,9 +100,16 @@ def _backward_fake(
     )
 
 
+def _saving_fake(
+    x, weight, bias, logits, static, mask, columns, experts_per_unit, activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(x, weight, bias, logits, static, mask, columns, experts_per_unit, activation)
+    return *outputs, x.new_empty(x.shape[0], *weight.shape[:2])
+
+
 def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:
     x, weight, _, logits, static, mask, columns, _, _ = args
-    grad, grad_lse = grads
+    grad, grad_lse = grads[:2]
     if grad is None and grad_lse is None:
         return (None,) * 7
     if grad is None:
@@ -109,23 +119,37 @@ def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool]
     return (*(g if need else None for g, need in zip(found, needs, strict=False)), None, None)
 
 
+_ARGUMENTS = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
+    " int[]? experts_per_unit, str activation)"
+)
+_BACKWARD_ARGUMENTS = "(Tensor grad, Tensor? grad_lse, " + _ARGUMENTS[1:-1] + ", Tensor {}, int needs)"
+_GRADIENTS = " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_PREDICATES = {
+    "native": _backend.native_support("expert_mix", on_gpu=False),
+    "triton": _backend.triton_support,
+    "reference": _backend.reference_support,
+}
+
 OPERATOR = Operator(
     "expert_mix",
     num_tensors=7,
-    schemas=(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
-        " int[]? experts_per_unit, str activation) -> (Tensor, Tensor)",
-        "(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static,"
-        " Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor lse, int needs)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    ),
+    schemas=(_ARGUMENTS + " -> (Tensor, Tensor)", _BACKWARD_ARGUMENTS.format("lse") + _GRADIENTS),
     fakes=(_forward_fake, _backward_fake),
     keep=lambda args, outputs: (outputs[1],),
     gradients=_gradients,
     reference=_plain.expert_mix,
-    predicates={
-        "native": _backend.native_support("expert_mix", on_gpu=False),
-        "triton": _backend.triton_support,
-        "reference": _backend.reference_support,
-    },
+    predicates=_PREDICATES,
+)
+
+# The same for the CPU's training step: one output more, the experts' outputs, for backward to read.
+SAVING = Operator(
+    "expert_mix_saving",
+    num_tensors=7,
+    schemas=(_ARGUMENTS + " -> (Tensor, Tensor, Tensor)", _BACKWARD_ARGUMENTS.format("saved") + _GRADIENTS),
+    fakes=(_saving_fake, _backward_fake),
+    keep=lambda args, outputs: (outputs[2],),
+    gradients=_gradients,
+    reference=lambda x, *args: (*_plain.expert_mix(x, *args), x.new_empty(0)),
+    predicates={**_PREDICATES, "triton": lambda case: _backend.Support(False, "Triton computes the experts again")},
 )

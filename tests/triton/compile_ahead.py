@@ -15,11 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlkernels.triton import expert_linear, mix, mix_channels
-from mtlkernels.triton.config import pick_gemm, pick_mix, power_of_two
+from mtlkernels.triton import expert_linear, expert_mix, mix, mix_channels
+from mtlkernels.triton.config import pick_expert_mix, pick_gemm, pick_mix, power_of_two
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db")}
-INT32 = {"map_ptr", "offset_ptr"}
+INT32 = {"map_ptr", "offset_ptr", "unit_ptr"}
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
 ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "dx_b"}
 
@@ -91,6 +91,17 @@ def build_linear(target, dtype, shape, activation, weight=None, precision="ieee"
               precision=precision, ones=ones)  # fmt: skip
 
 
+def build_expert_mix(target, dtype, shape, tasks, activation, routes=mix.MAP_NONE, weight=None, precision="ieee"):
+    features, width = shape
+    itemsize, cores = 4 if dtype == "fp32" else 2, dtype != "fp32" or precision == "tf32"
+    tile = pick_expert_mix(tasks, features, itemsize, cores, target)
+    constants = dict(INPUT=expert_mix.INPUT_MAP, BIAS=True, ACTIVATION=activation, LOGITS=True,
+                     STATIC=mix.STATIC_TABLE, MAP=routes, TASKS=tile.tasks, PRECISION=precision, UPCAST=False,
+                     EVEN_K=width % tile.k == 0, BM=tile.m, BN=tile.n, BK=tile.k)  # fmt: skip
+    build(expert_mix.forward_kernel, target, dtype, tile.warps, constants, tile.stages, weight, shape=shape,
+          tasks=tasks, activation=activation, precision=precision)  # fmt: skip
+
+
 def main(target: int, everything: bool) -> None:
     table, native = mix.STATIC_TABLE, mix.STATIC_NATIVE
     build_mix(target, "bf16", (4, 8, 256), native, mix.MAP_NONE)
@@ -99,8 +110,19 @@ def main(target: int, everything: bool) -> None:
     build_linear(target, "bf16", (256, 256), "gelu")
     build_linear(target, "fp32", (64, 128), "relu")
     build_linear(target, "bf16", (1, 64), "", ones=("N", "span"))
+    build_expert_mix(target, "bf16", (128, 128), 4, "gelu")
+    build_expert_mix(target, "fp32", (128, 128), 8, "relu", mix.MAP_COLUMNS)
     if not everything:
         return
+    for dtype in ("bf16", "fp32"):
+        for tasks in (1, 2, 4):
+            for activation in ("relu", "gelu", "tanh"):
+                build_expert_mix(target, dtype, (256, 256), tasks, activation)
+            build_expert_mix(target, dtype, (128, 100), tasks, "silu", mix.MAP_COLUMNS)
+            build_expert_mix(target, dtype, (20, 64), tasks, "", mix.MAP_MASK)
+    for tasks in (1, 2, 4):
+        build_expert_mix(target, "bf16", (256, 256), tasks, "gelu", weight="fp32")
+        build_expert_mix(target, "fp32", (256, 256), tasks, "gelu", precision="tf32")
     for dtype in ("bf16", "fp32"):
         for shape in ((4, 8, 256), (2, 16, 64), (8, 16, 128), (16, 32, 256), (64, 64, 256), (4, 8, 1000), (1, 4, 16)):
             build_mix(target, dtype, shape, mix.STATIC_NONE, mix.MAP_MASK)

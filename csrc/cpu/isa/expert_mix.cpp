@@ -72,6 +72,18 @@ void normalise(const Gates& g, const Routing& all, int64_t begin, int64_t end, v
   }
 }
 
+// to[r] = the logit of route r less its output row's largest.
+template <class S, class C>
+inline void less_top(const Routing& set, const S* row, const C* top, C* to) {
+  for (int64_t t = 0; t < set.uses.rows(); ++t) {
+    const int64_t begin = set.uses.begin[t], end = set.uses.begin[t + 1];
+    if (set.adjacent[t])
+      for (int64_t r = begin; r < end; ++r) to[r] = static_cast<C>(row[set.column[begin] + r - begin]) - top[t];
+    else
+      for (int64_t r = begin; r < end; ++r) to[r] = static_cast<C>(row[set.column[r]]) - top[t];
+  }
+}
+
 template <class C>
 void weights(const Gates& g, const Routing& set, int64_t begin, int64_t end, void* out) {
   C* a = static_cast<C*>(out);
@@ -86,9 +98,7 @@ void weights(const Gates& g, const Routing& set, int64_t begin, int64_t end, voi
     const auto* row = static_cast<const decltype(s)*>(g.logits) + begin * g.columns;
     const C* top = static_cast<const C*>(g.top) + begin * tasks;
     for (C* to = a; to < a + count; to += routes, row += g.columns, top += tasks)
-      for (int64_t t = 0; t < tasks; ++t)
-        for (int64_t r = set.uses.begin[t]; r < set.uses.begin[t + 1]; ++r)
-          to[r] = static_cast<C>(row[set.column[r]]) - top[t];
+      less_top(set, row, top, to);
   });
   // One exponential loop over all rows: a row alone may be shorter than a vector.
   for (int64_t i = 0; i < count; ++i) a[i] = exponential(a[i]);
@@ -101,29 +111,34 @@ void weights(const Gates& g, const Routing& set, int64_t begin, int64_t end, voi
   }
 }
 
-// n output rows with the same experts: out[i] (+)= sum of a * h. Row i's weights begin at a[i].
+// n output rows with the same `count` experts: out[i] (+)= sum of a * h. Row i's weights begin at a + i * count.
 template <int n, class C>
-void mix_rows(int64_t width, const int32_t* index, int64_t count, const C* const* a, const C* h, C* const* out,
-              bool add) {
+void mix_rows(int64_t width, const int32_t* index, int64_t count, const C* a, const C* h, C* out, bool add) {
   constexpr int lanes = kLanes<C>;
   int64_t d = 0;
   for (; d + 2 * lanes <= width; d += 2 * lanes) {
     Vector<C> sum[n][2] = {};
     if (add)
-      for (int i = 0; i < n; ++i) sum[i][0] = load(out[i] + d), sum[i][1] = load(out[i] + d + lanes);
+      for (int i = 0; i < n; ++i) {
+        sum[i][0] = load(out + i * width + d);
+        sum[i][1] = load(out + i * width + d + lanes);
+      }
     for (int64_t j = 0; j < count; ++j) {
       const C* row = h + index[j] * width + d;
       const Vector<C> h0 = load(row), h1 = load(row + lanes);
 #pragma GCC unroll 4
-      for (int i = 0; i < n; ++i) sum[i][0] += a[i][j] * h0, sum[i][1] += a[i][j] * h1;
+      for (int i = 0; i < n; ++i) {
+        const C weight = a[i * count + j];
+        sum[i][0] += weight * h0, sum[i][1] += weight * h1;
+      }
     }
-    for (int i = 0; i < n; ++i) store(out[i] + d, sum[i][0]), store(out[i] + d + lanes, sum[i][1]);
+    for (int i = 0; i < n; ++i) store(out + i * width + d, sum[i][0]), store(out + i * width + d + lanes, sum[i][1]);
   }
   for (; d < width; ++d) {
     for (int i = 0; i < n; ++i) {
-      C sum = add ? out[i][d] : C{0};
-      for (int64_t j = 0; j < count; ++j) sum += a[i][j] * h[index[j] * width + d];
-      out[i][d] = sum;
+      C sum = add ? out[i * width + d] : C{0};
+      for (int64_t j = 0; j < count; ++j) sum += a[i * count + j] * h[index[j] * width + d];
+      out[i * width + d] = sum;
     }
   }
 }
@@ -139,11 +154,8 @@ void mix(const Routing& set, int64_t rows, int64_t width, const void* a_in, cons
       while (n < kTasks && t + n < uses.rows() && uses.leader[t + n] == uses.leader[t]) ++n;
       const int64_t first = uses.begin[t], count = uses.begin[t + 1] - first;
       if (count > 0 || !add) {
-        const C* weight[kTasks];
-        C* to[kTasks];
-        for (int i = 0; i < n; ++i) weight[i] = a + uses.begin[t + i], to[i] = out + (t + i) * width;
         with_tasks(n, [&](auto tasks) {
-          mix_rows<tasks.value>(width, uses.index.data() + first, count, weight, h, to, add);
+          mix_rows<tasks.value>(width, uses.index.data() + first, count, a + first, h, out + t * width, add);
         });
       }
       t += n;
@@ -204,6 +216,12 @@ void gradients(const Routing& set, int64_t rows, int64_t width, const void* a_in
 }
 
 template <class C>
+void outputs(Activation activation, const void* z, void* h, int64_t n) {
+  std::copy_n(static_cast<const C*>(z), n, static_cast<C*>(h));
+  activate(activation, static_cast<C*>(h), n);
+}
+
+template <class C>
 void through(Activation activation, const void* saved, void* grad, int64_t n) {
   C* g = static_cast<C*>(grad);
   activation_gradient(activation, g, static_cast<const C*>(saved), g, n);
@@ -241,7 +259,7 @@ void add(const void* from, void* to, int64_t n) {
 
 template <class C>
 constexpr ExpertMixKernels kernels_of() {
-  return {normalise<C>, weights<C>, mix<C>, gradients<C>, through<C>, logits_gradient<C>, add<C>};
+  return {normalise<C>, weights<C>, mix<C>, gradients<C>, outputs<C>, through<C>, logits_gradient<C>, add<C>};
 }
 
 }  // namespace
