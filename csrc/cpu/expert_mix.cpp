@@ -44,7 +44,7 @@ struct Forward {
   char* sums;  // [rows of a range, T, D] in the type of sums, from row `range` on; null: a task's own
   int64_t range;
   bool in_place;  // out is in the type of sums
-  char* saved;    // [B,E,D] like x, what backward reads again: h, or z where the activation's gradient needs it; or null
+  char* saved;  // [B,E,D] like x, what backward reads again: h, or z where the activation's gradient needs it; or null
 
   size_t scratch_bytes(int64_t rows) const {
     const auto bytes = [&](int64_t numbers) { return Pieces::bytes(numbers, call.size); };
@@ -116,7 +116,7 @@ void pack(const ExpertMixCall& call, const Phase& phase, char* panels) {
 std::tuple<Tensor, Tensor> run(ExpertMixCall& call, Tensor* saved) {
   const Tensor& x = call.x;
   Tensor out = allocate({call.batch, call.tasks, call.width}, x.scalar_type());
-  Tensor lse = call.gates.logits ? allocate({call.batch, call.tasks}, call.sum) : allocate({0}, call.sum);
+  Tensor lse = call.gates.softmax ? allocate({call.batch, call.tasks}, call.sum) : allocate({0}, call.sum);
   call.normalise(&lse);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   if (out.numel() == 0) return {out, lse};
@@ -136,12 +136,8 @@ std::tuple<Tensor, Tensor> run(ExpertMixCall& call, Tensor* saved) {
   const int64_t rows = std::min(call.block_rows(), call.to_rows((call.batch + 2 * threads - 1) / (2 * threads)));
   for (int64_t first = 0; first < call.batch; first += range) {
     const int64_t end = std::min(call.batch, first + range);
-    const Forward forward{call,
-                          to,
-                          keep ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr,
-                          first,
-                          in_place,
-                          saved ? static_cast<char*>(saved->mutable_data_ptr()) : nullptr};
+    const Forward forward{call,  to,       keep ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr,
+                          first, in_place, saved ? static_cast<char*>(saved->mutable_data_ptr()) : nullptr};
     for (const Phase& phase : phases) {
       pack(call, phase, panels);
       run_tasks((end - first + rows - 1) / rows, call.work() / double(phases.size()), [&](int64_t i) {

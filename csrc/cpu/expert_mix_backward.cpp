@@ -202,8 +202,8 @@ class Backward {
       const int64_t input = p->run->input, place = p->run->place * call_.width, cols = p->run->count * call_.width;
       if (saved_) {
         const int64_t row = call_.experts * call_.width * call_.element;
-        const char* from = static_cast<const char*>(saved_->const_data_ptr()) + b * row +
-                           p->run->first * call_.width * call_.element;
+        const char* from =
+            static_cast<const char*>(saved_->const_data_ptr()) + b * row + p->run->first * call_.width * call_.element;
         for (int64_t r = 0; r < rows; ++r)
           call_.pack->widen(from + r * row, at(with_z ? m.z : m.h, r * stride + place), cols);
         continue;
@@ -296,10 +296,10 @@ class Backward {
   const Needs needs_;
   int64_t parts_, part_rows_, rows_;
   size_t shares_;
-  std::vector<Panels> panels_;        // of every run
-  std::vector<size_t> first_panel_;   // of every set
+  std::vector<Panels> panels_;       // of every run
+  std::vector<size_t> first_panel_;  // of every set
   std::vector<InputSum> inputs_;
-  std::vector<int64_t> met_;          // of each unit of x: how many shares read it
+  std::vector<int64_t> met_;  // of each unit of x: how many shares read it
   Tensor weight_sums_, bias_sums_, input_sums_;
   void* packed_ = nullptr;
   char *da_ = nullptr, *dx_ = nullptr, *dweight_ = nullptr, *dbias_ = nullptr;
@@ -343,17 +343,15 @@ Gradients run(const Tensor& grad_in, const OptionalTensor& grad_lse, const Tenso
   ExpertMixCall call =
       prepare_expert_mix(x, weight, bias, logits, fixed, mask, columns, counts, activation, kSetColumns);
   const Tensor grad = dense(grad_in);
-  STD_TORCH_CHECK(
-      grad.numel() == call.batch * call.tasks * call.width && grad.scalar_type() == x.scalar_type(),
-      "grad must be [B,T,D] in x's dtype");
+  STD_TORCH_CHECK(grad.numel() == call.batch * call.tasks * call.width && grad.scalar_type() == x.scalar_type(),
+                  "grad must be [B,T,D] in x's dtype");
   STD_TORCH_CHECK(!saved_in || (saved_in->numel() == call.batch * call.experts * call.width &&
                                 saved_in->scalar_type() == x.scalar_type()),
                   "saved must be [B,E,D] in x's dtype");
   const Tensor saved = saved_in ? dense(*saved_in) : Tensor();
   const bool with_lse = grad_lse && logits;  // without logits lse is empty, and so is its gradient
-  STD_TORCH_CHECK(
-      !with_lse || (grad_lse->numel() == call.batch * call.tasks && grad_lse->scalar_type() == call.sum),
-      "grad_lse must be [B,T] in the type of sums");
+  STD_TORCH_CHECK(!with_lse || (grad_lse->numel() == call.batch * call.tasks && grad_lse->scalar_type() == call.sum),
+                  "grad_lse must be [B,T] in the type of sums");
   const Tensor dlse = with_lse ? dense(*grad_lse) : Tensor();
   const Needs needs{(needed & 1) != 0, (needed & 2) != 0, (needed & 4) && bias, (needed & 8) && logits,
                     (needed & 16) && fixed};
@@ -361,12 +359,12 @@ Gradients run(const Tensor& grad_in, const OptionalTensor& grad_lse, const Tenso
     return need ? allocate_like(like) : allocate({0}, otherwise);
   };
   Tensor dx = room(needs.x, x, x.scalar_type()), dweight = room(needs.weight, weight, weight.scalar_type());
-  Tensor dbias = needs.bias ? allocate({call.experts, call.width}, weight.scalar_type())
-                            : allocate({0}, weight.scalar_type());
+  Tensor dbias =
+      needs.bias ? allocate({call.experts, call.width}, weight.scalar_type()) : allocate({0}, weight.scalar_type());
   Tensor dlogits = needs.logits ? allocate_like(*logits) : allocate({0}, x.scalar_type());
   Tensor dstatic = needs.fixed ? allocate_like(*fixed) : allocate({0}, x.scalar_type());
-  Tensor da = needs.logits && dlogits.scalar_type() == call.sum ? dlogits
-                                                                : allocate({call.batch, call.columns}, call.sum);
+  Tensor da =
+      needs.logits && dlogits.scalar_type() == call.sum ? dlogits : allocate({call.batch, call.columns}, call.sum);
   call.normalise(nullptr);
   Backward(call, grad, saved_in ? &saved : nullptr, needs).run(dx, dweight, dbias, da);
   if (needs.logits || needs.fixed) {

@@ -150,7 +150,7 @@ int64_t ExpertMixCall::take_bias(const ExpertRun& run, void* to) const {
 }
 
 void ExpertMixCall::normalise(Tensor* lse) {
-  if (!gates.logits) return;
+  if (!gates.softmax) return;
   gates.lse = lse ? lse->mutable_data_ptr() : nullptr;
   run_tasks((batch + kRows - 1) / kRows, 16.0 * batch * columns, [&](int64_t i) {
     kernels->normalise(gates, all, i * kRows, std::min(batch, (i + 1) * kRows), scratch(1, 2 * columns * size + 64));
@@ -168,9 +168,8 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
   STD_TORCH_CHECK(weight.dim() == 3, "weight must be [E,D,K]");
   STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "x must be [B,K] or [B,U,K]");
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(
-      weight.scalar_type() == x.scalar_type() || (weight.scalar_type() == ScalarType::Float && !is_double),
-      "weight must have x's dtype, or float32 where x is 16 bit");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() || (weight.scalar_type() == ScalarType::Float && !is_double),
+                  "weight must have x's dtype, or float32 where x is 16 bit");
   call.x = dense_rows(x), call.weight = dense(weight), call.activation = activation_from(activation);
   call.batch = x.size(0), call.inputs = x.dim() == 3 ? x.size(1) : 1;
   call.experts = weight.size(0), call.width = weight.size(1), call.features = weight.size(2);
@@ -188,9 +187,8 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
   call.with_bias = bias.has_value();
   if (bias) {
     call.bias = dense(*bias);
-    STD_TORCH_CHECK(
-        bias->numel() == call.experts * call.width && bias->scalar_type() == weight.scalar_type(),
-        "bias must be [E,D] in weight's dtype");
+    STD_TORCH_CHECK(bias->numel() == call.experts * call.width && bias->scalar_type() == weight.scalar_type(),
+                    "bias must be [E,D] in weight's dtype");
   }
   call.columns = call.tasks * call.experts;
   if (columns) {
@@ -202,6 +200,7 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
     call.logits = dense(*logits);
     STD_TORCH_CHECK(logits->size(0) == call.batch && logits->numel() == call.batch * call.columns,
                     "logits must be [B,T,E], or [B,R] with columns");
+    call.gates.softmax = true;
     call.gates.logits = call.logits.const_data_ptr();
     call.gates.logits_type = storage_of(logits->scalar_type(), "logits");
     call.moments = allocate({2, call.batch, call.tasks}, call.sum);

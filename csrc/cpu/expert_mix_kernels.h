@@ -1,4 +1,5 @@
 // The kernels of expert_mix that depend on the instruction set: all that is not a matrix product (linear_kernels.h).
+// Buffers of weights, h, z and their gradients have room for 15 numbers more than they hold.
 // Numbers are of the type of sums throughout; only logits, and their gradients, come in any storage type.
 #pragma once
 
@@ -23,10 +24,11 @@ struct Routing {
 
 // Where the weights of the mix come from.
 struct Gates {
-  const void* logits;  // [B, columns]; null: static weights alone
+  bool softmax;        // whether there are logits at all
+  const void* logits;  // [B, columns]
   Storage logits_type;
   int64_t columns;
-  const void* fixed;  // [columns] static weights; may be null
+  const void* fixed;          // [columns] static weights; may be null
   void *top, *inverse, *lse;  // [B,T]: largest logit, one over the sum of exponentials, and the logarithm of that sum
 };
 
@@ -55,8 +57,8 @@ struct ExpertMixTable {
   ExpertMixKernels of_float, of_double;
 };
 
-#define MTL_DECLARE_EXPERT_MIX(ISA)              \
-  namespace ISA {                                \
+#define MTL_DECLARE_EXPERT_MIX(ISA)               \
+  namespace ISA {                                 \
   extern const ExpertMixTable expert_mix_kernels; \
   }
 MTL_FOR_EACH_ISA(MTL_DECLARE_EXPERT_MIX)

@@ -258,9 +258,7 @@ def expert_mix_backward(
     if bias is None:
         products &= 3
     wanted = bool(products) + 2 * bool(needs & 8 and logits is not None) + 4 * bool(needs & 16 and static is not None)
-    dh, dlogits, dstatic = mixing.mix_backward(
-        grad, grad_lse, h, logits, static, mask, columns, None, lse, wanted
-    )
+    dh, dlogits, dstatic = mixing.mix_backward(grad, grad_lse, h, logits, static, mask, columns, None, lse, wanted)
     empty = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     found = empty
     if products:

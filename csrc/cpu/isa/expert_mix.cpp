@@ -12,6 +12,10 @@ namespace {
 
 constexpr int kTasks = 4;  // tasks that share one load of an expert: 4 x 2 sums and 2 loads fit any register file
 
+// A loop's last few numbers, short of a vector, may round otherwise than the rest, and then a row's result would depend
+// on its place among the others. So loops over several rows run on to a whole vector; the buffers have room.
+constexpr int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
+
 template <class F>
 void with_storage(Storage type, const F& f) {
   switch (type) {
@@ -44,9 +48,8 @@ void with_tasks(int n, const F& f) {
 // p = the exponentials of batch row b's logits less the largest of their output row. `row` holds the logits.
 template <class C>
 void exponentials(const Gates& g, const Routing& all, int64_t b, C* row, C* p, C* top) {
-  with_storage(g.logits_type, [&](auto s) {
-    widen(static_cast<const decltype(s)*>(g.logits) + b * g.columns, row, g.columns);
-  });
+  with_storage(g.logits_type,
+               [&](auto s) { widen(static_cast<const decltype(s)*>(g.logits) + b * g.columns, row, g.columns); });
   for (int64_t t = 0; t < all.uses.rows(); ++t) {
     const int64_t begin = all.uses.begin[t], end = all.uses.begin[t + 1];
     for (int64_t r = begin; r < end; ++r) p[r] = row[all.column[r]];
@@ -89,7 +92,7 @@ void weights(const Gates& g, const Routing& set, int64_t begin, int64_t end, voi
   C* a = static_cast<C*>(out);
   const C* fixed = static_cast<const C*>(g.fixed);
   const int64_t tasks = set.uses.rows(), routes = set.routes(), count = (end - begin) * routes;
-  if (!g.logits) {
+  if (!g.softmax) {
     for (int64_t i = 0; i < count; i += routes)
       for (int64_t r = 0; r < routes; ++r) a[i + r] = fixed[set.column[r]];
     return;
@@ -97,11 +100,10 @@ void weights(const Gates& g, const Routing& set, int64_t begin, int64_t end, voi
   with_storage(g.logits_type, [&](auto s) {
     const auto* row = static_cast<const decltype(s)*>(g.logits) + begin * g.columns;
     const C* top = static_cast<const C*>(g.top) + begin * tasks;
-    for (C* to = a; to < a + count; to += routes, row += g.columns, top += tasks)
-      less_top(set, row, top, to);
+    for (C* to = a; to < a + count; to += routes, row += g.columns, top += tasks) less_top(set, row, top, to);
   });
   // One exponential loop over all rows: a row alone may be shorter than a vector.
-  for (int64_t i = 0; i < count; ++i) a[i] = exponential(a[i]);
+  for (int64_t i = 0, all = whole(count); i < all; ++i) a[i] = exponential(a[i]);
   const C* inverse = static_cast<const C*>(g.inverse) + begin * tasks;
   for (C* to = a; to < a + count; to += routes, inverse += tasks) {
     for (int64_t t = 0; t < tasks; ++t)
@@ -190,8 +192,8 @@ void gradients_of_users(int64_t width, const C* a, const C* h, const C* const* g
 }
 
 template <class C>
-void gradients(const Routing& set, int64_t rows, int64_t width, const void* a_in, const void* h_in,
-               const void* grad_in, void* dh_in, void* da_in, int64_t columns) {
+void gradients(const Routing& set, int64_t rows, int64_t width, const void* a_in, const void* h_in, const void* grad_in,
+               void* dh_in, void* da_in, int64_t columns) {
   const C *a = static_cast<const C*>(a_in), *h = static_cast<const C*>(h_in), *grad = static_cast<const C*>(grad_in);
   C *dh = static_cast<C*>(dh_in), *da = static_cast<C*>(da_in);
   for (int64_t b = 0; b < rows; ++b) {
@@ -205,9 +207,8 @@ void gradients(const Routing& set, int64_t rows, int64_t width, const void* a_in
           weight[i] = a[set.route[u + i]];
           from[i] = grad + set.users.index[u + i] * width;
         }
-        with_tasks(n, [&](auto tasks) {
-          gradients_of_users<tasks.value>(width, weight, h, from, dh, u > begin, found);
-        });
+        with_tasks(n,
+                   [&](auto tasks) { gradients_of_users<tasks.value>(width, weight, h, from, dh, u > begin, found); });
         for (int i = 0; i < n; ++i) da[set.column[set.route[u + i]]] = found[i];
       }
     }
@@ -218,13 +219,13 @@ void gradients(const Routing& set, int64_t rows, int64_t width, const void* a_in
 template <class C>
 void outputs(Activation activation, const void* z, void* h, int64_t n) {
   std::copy_n(static_cast<const C*>(z), n, static_cast<C*>(h));
-  activate(activation, static_cast<C*>(h), n);
+  activate(activation, static_cast<C*>(h), whole(n));
 }
 
 template <class C>
 void through(Activation activation, const void* saved, void* grad, int64_t n) {
   C* g = static_cast<C*>(grad);
-  activation_gradient(activation, g, static_cast<const C*>(saved), g, n);
+  activation_gradient(activation, g, static_cast<const C*>(saved), g, whole(n));
 }
 
 // dlogits = P (dA - sum P dA) + P dlse: P, not A, for the fixed weights have no softmax behind them.
@@ -244,9 +245,8 @@ void logits_gradient(const Gates& g, const Routing& all, int64_t begin, int64_t 
       if (grad_lse) sum -= static_cast<const C*>(grad_lse)[b * tasks + t];
       for (int64_t r = first; r < last; ++r) row[all.column[r]] = p[r] * (da[all.column[r]] - sum);
     }
-    with_storage(g.logits_type, [&](auto s) {
-      narrow(row, static_cast<decltype(s)*>(dlogits) + b * g.columns, g.columns);
-    });
+    with_storage(g.logits_type,
+                 [&](auto s) { narrow(row, static_cast<decltype(s)*>(dlogits) + b * g.columns, g.columns); });
   }
 }
 
