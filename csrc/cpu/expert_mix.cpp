@@ -11,6 +11,8 @@ namespace {
 
 // Outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
 constexpr int64_t kSetColumns = 1024;
+// Sums of a block of rows, which stay in L2 from one set to the next.
+constexpr int64_t kBlockNumbers = int64_t{1} << 15;
 // Packed weights of a phase. One huge page; a share of the last-level cache, which every row block reads them from.
 constexpr int64_t kPhaseBytes = int64_t{2} << 20;
 // Sums of 16 bit outputs over several phases.
@@ -133,7 +135,8 @@ std::tuple<Tensor, Tensor> run(ExpertMixCall& call, Tensor* saved) {
   const Tensor sums = keep ? allocate({std::min(range, call.batch), call.tasks, call.width}, call.sum) : Tensor();
   // A few rows are shared out too; how rows are cut changes no bit of the result.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t rows = std::min(call.block_rows(), call.to_rows((call.batch + 2 * threads - 1) / (2 * threads)));
+  const int64_t rows =
+      std::min(call.block_rows(kBlockNumbers), call.to_rows((call.batch + 2 * threads - 1) / (2 * threads)));
   for (int64_t first = 0; first < call.batch; first += range) {
     const int64_t end = std::min(call.batch, first + range);
     const Forward forward{call,  to,       keep ? static_cast<char*>(sums.mutable_data_ptr()) : nullptr,

@@ -42,10 +42,9 @@ struct ExpertMixCall {
   double work() const { return double(batch) * experts * width * features; }
   int64_t to_rows(int64_t n) const { return (n + tile_rows - 1) / tile_rows * tile_rows; }
   int64_t to_cols(int64_t n) const { return (n + tile_cols - 1) / tile_cols * tile_cols; }
-  // Batch rows to take at a time: each set of experts passes over their [T,D] sums or gradients, which stay in L2.
-  int64_t block_rows() const {
-    const int64_t rows = (int64_t{1} << 15) / std::max<int64_t>(1, tasks * width);
-    return std::clamp<int64_t>(rows, 24, 96) / tile_rows * tile_rows;
+  // Batch rows to take at a time: each set of experts passes over their [T,D] sums or gradients, so many numbers.
+  int64_t block_rows(int64_t numbers) const {
+    return std::clamp<int64_t>(numbers / std::max<int64_t>(1, tasks * width), 24, 96) / tile_rows * tile_rows;
   }
   // Rows of unit `input` of x, from batch row b.
   Operand input_rows(int64_t input, int64_t b) const;

@@ -5,6 +5,9 @@
 //
 // A task takes a part of the batch and a share of the sets. Parts and shares depend on the sizes alone; each writes
 // sums of its own, which are added up in order, so that the number of threads changes no bit.
+#include <algorithm>
+#include <cstring>
+
 #include "expert_mix.h"
 
 namespace mtl {
@@ -12,8 +15,10 @@ namespace mtl {
 namespace {
 
 constexpr int64_t kSetColumns = 512;
+// Gradients of a block of rows; more than in forward, for dW takes the rows as its depth.
+constexpr int64_t kBlockNumbers = int64_t{1} << 17;
 // A part has this many rows at least, and there are so many parts at most: each holds a dW of its own.
-constexpr int64_t kPartRows = 768, kParts = 8;
+constexpr int64_t kPartRows = 1024, kParts = 8;
 // Shares of the sets: each holds a dX of its own for the units it has in common with others.
 constexpr int64_t kShares = 4;
 // Batch rows of a task that finishes dlogits and dstatic.
@@ -45,7 +50,7 @@ class Backward {
     part_rows_ = std::max<int64_t>(1, (call.batch + parts - 1) / parts);
     parts_ = (call.batch + part_rows_ - 1) / part_rows_;
     shares_ = std::min<size_t>(call.sets.size(), kShares);
-    rows_ = std::min(part_rows_, call.block_rows());
+    rows_ = std::min(part_rows_, call.block_rows(kBlockNumbers));
   }
 
   // Fills da [B, columns] where there is a route, and the gradients that are needed.

@@ -115,7 +115,7 @@ def pick_expert_mix(num_rows: int, width: int, itemsize: int, tensor_cores: bool
     """
     tasks = min(power_of_two(num_rows), 4)
     if not tensor_cores:
-        return ExpertMixConfig(64, _tile(width, 32 if tasks == 4 else 64), 16, tasks, 8 if tasks == 2 else 4, 3)
+        return ExpertMixConfig(64, _tile(width, 32 if tasks == 4 else 64), 16, tasks, 4 if tasks == 1 else 8, 3)
     stages = 2 if arch % 10 or arch >= 120 else 3
     return ExpertMixConfig(64, _tile(width, 64 if tasks == 4 else 128), 128 // itemsize, tasks, 8, stages)
 
