@@ -5,9 +5,6 @@
 //
 // A task takes a part of the batch and a share of the sets. Parts and shares depend on the sizes alone; each writes
 // sums of its own, which are added up in order, so that the number of threads changes no bit.
-#include <algorithm>
-#include <cstring>
-
 #include "expert_mix.h"
 
 namespace mtl {
@@ -21,8 +18,7 @@ constexpr int64_t kBlockNumbers = int64_t{1} << 17;
 constexpr int64_t kPartRows = 1024, kParts = 8;
 // Shares of the sets: each holds a dX of its own for the units it has in common with others.
 constexpr int64_t kShares = 4;
-// Batch rows of a task that finishes dlogits and dstatic.
-constexpr int64_t kFinishRows = 256;
+constexpr int64_t kFinishRows = 256;  // of a task that finishes dlogits and dstatic
 
 struct Needs {
   bool x, weight, bias, logits, fixed;
@@ -252,7 +248,7 @@ class Backward {
     const auto found = std::find_if(inputs_.begin(), inputs_.end(),
                                     [&](const InputSum& i) { return i.input == input && i.share == share; });
     if (found->sums)
-      std::memcpy(at(found->sums, b * k), m.dx, rows * k * call_.size);
+      std::copy_n(static_cast<const char*>(m.dx), rows * k * call_.size, at(found->sums, b * k));
     else
       put_rows(m.dx, input, b, rows);
   }
@@ -280,7 +276,6 @@ class Backward {
 
   // The parts' sums in order; experts that nobody uses have zeros.
   void add_parts(Tensor& result, char* sums, int64_t each) {
-    const PackKernels& pack = *call_.pack_w;
     char* to = static_cast<char*>(result.mutable_data_ptr());
     run_tasks(call_.experts, double(result.numel()) * double(parts_), [&](int64_t e) {
       char* own = to + e * each * call_.w_element;
@@ -291,13 +286,12 @@ class Backward {
       if (sums == to) return;
       char* first = at(sums, e * each);
       for (int64_t p = 1; p < parts_; ++p) call_.kernels->add(at(first, p * call_.experts * each), first, each);
-      pack.narrow(first, own, each);
+      call_.pack_w->narrow(first, own, each);
     });
   }
 
   const ExpertMixCall& call_;
-  const Tensor& grad_;
-  const Tensor* saved_;
+  const Tensor &grad_, *saved_;
   const Needs needs_;
   int64_t parts_, part_rows_, rows_;
   size_t shares_;
