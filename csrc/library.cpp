@@ -74,6 +74,27 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "snr_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor saved, str activation,"
       " bool skip_closed, int needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  // O[b,t,:] = sum_e (softmax(logits) + static)[b,t,e] act(W_e x[b,unit(e),:] + c_e). Second output: as mix's.
+  define_forward(
+      m, "expert_mix",
+      "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
+      " int[]? experts_per_unit, str activation) -> (Tensor, Tensor)");
+  // Backward computes the experts' outputs again. needs: bit 1 dx, 2 dweight, 4 dbias, 8 dlogits, 16 dstatic.
+  m.def(
+      "expert_mix_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits,"
+      " Tensor? static, Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor lse, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same where time counts more than memory. Third output, for backward: the experts' outputs [B,E,D], before the
+  // activation for gelu and silu.
+  define_forward(
+      m, "expert_mix_saving",
+      "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"
+      " int[]? experts_per_unit, str activation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "expert_mix_saving_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits,"
+      " Tensor? static, Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor saved, int "
+      "needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Gives the CPU tensors' freed blocks, kept for reuse, back to the system; returns their bytes.
   m.def("empty_cache() -> int");
   // The instruction set of the CPU kernels; a name that is not empty chooses one, for all threads.

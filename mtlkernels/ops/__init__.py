@@ -2,6 +2,7 @@
 
 from .esmm_loss import esmm_loss
 from .expert_linear import expert_linear
+from .expert_mix import expert_mix
 from .hard_concrete import hard_concrete, hard_concrete_l0
 from .masked_bce import masked_bce
 from .mix import Routes, adatt_mix, gated_mix, linear_mix, mix
@@ -14,6 +15,7 @@ __all__ = [
     "adatt_mix",
     "esmm_loss",
     "expert_linear",
+    "expert_mix",
     "gated_mix",
     "hard_concrete",
     "hard_concrete_l0",

@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(device_type: str, dtype: torch.dtype, interpret: bool) -> tuple[bool, str]:
-    """Whether the Triton kernels of mix and expert_linear run for these activations, and why not. A pure function.
+    """Whether the Triton kernels run for these activations, and why not. A pure function.
 
     Args:
         device_type: "cuda", "cpu", ...
@@ -94,6 +94,30 @@ def pick_gemm(
         stages = 2  # not the data centre's chips: 99 KiB of shared memory a block
     tile_m, tile_n = _tile(m, 128), _tile(n, 128)
     return GemmConfig(tile_m, tile_n, depth, 8 if tile_m * tile_n >= 128 * 128 else 4, stages)
+
+
+class ExpertMixConfig(NamedTuple):
+    """Tile of expert_mix: rows, columns of D, depth of a step through K, tasks in registers, warps, stages."""
+
+    m: int
+    n: int
+    k: int
+    tasks: int
+    warps: int
+    stages: int
+
+
+def pick_expert_mix(num_rows: int, width: int, itemsize: int, tensor_cores: bool, arch: int) -> ExpertMixConfig:
+    """Tile for T = num_rows tasks and experts of `width` outputs; itemsize, tensor_cores and arch as in pick_gemm.
+
+    Each task in registers is a tile of sums beside the product's own: together 80 to 96 of a thread's 255 registers.
+    128 and more spill.
+    """
+    tasks = min(power_of_two(num_rows), 4)
+    if not tensor_cores:
+        return ExpertMixConfig(64, _tile(width, 32 if tasks == 4 else 64), 16, tasks, 4 if tasks == 1 else 8, 3)
+    stages = 2 if arch % 10 or arch >= 120 else 3
+    return ExpertMixConfig(64, _tile(width, 64 if tasks == 4 else 128), 128 // itemsize, tasks, 8, stages)
 
 
 def _tile(size: int | None, most: int) -> int:

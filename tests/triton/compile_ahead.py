@@ -11,6 +11,7 @@ import sys
 OPERATORS = (
     "mix",
     "expert_linear",
+    "expert_mix",
     "losses",
     "partitioned_norm",
     "star_linear",

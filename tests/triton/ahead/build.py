@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 FLOAT32 = {f"{name}_ptr" for name in ("logit", "static", "lse", "g_lse", "da", "dlogit", "partial", "bias", "dw", "db",
                                       "partial_bias", "gate", "dgate", "noise", "s", "slope", "total")}  # fmt: skip
-INT32, INT64 = {"map_ptr", "offset_ptr", "tile_ptr", "chunk_ptr"}, {"order_ptr"}
+INT32, INT64 = {"map_ptr", "offset_ptr", "unit_ptr", "tile_ptr", "chunk_ptr"}, {"order_ptr"}
 TILE = {"BB", "TP", "BE", "BD", "UNROLL", "BM", "BN", "BK", "GROUP"}  # sizes that a pick function chooses
 # As for a real call: sizes and strides that are multiples of 16 are known to be, batch, T, E and counts are not.
 ALIGNED = {"D", "K", "N", "span", "total", "h_b", "h_e", "g_b", "g_t", "x_b", "x_u", "x_j", "dx_b"}
