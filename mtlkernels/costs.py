@@ -133,16 +133,49 @@ def expert_mix_backward(
     needs: int,
 ) -> Cost:
     """The experts computed once more, their gradient stored once and read once."""
+    own, outputs = _expert_mix_gradients(grad, x, weight, bias, logits, static, mask, columns, needs)
+    stored = 2 * outputs * x.element_size() if needs & 6 else 0
+    return Cost(own.flops + 2 * outputs * weight.shape[2], own.bytes + stored)
+
+
+def expert_mix_saving(x: Tensor, weight: Tensor, *rest: Any) -> Cost:
+    """The experts' outputs are written too."""
+    flops, moved = expert_mix(x, weight, *rest)
+    return Cost(flops, moved + x.shape[0] * weight.shape[0] * weight.shape[1] * x.element_size())
+
+
+def expert_mix_saving_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    static: Tensor | None,
+    mask: Tensor | None,
+    columns: Tensor | None,
+    counts: Sequence[int] | None,
+    activation: str,
+    saved: Tensor,
+    needs: int,
+) -> Cost:
+    """The experts' outputs are read."""
+    own, outputs = _expert_mix_gradients(grad, x, weight, bias, logits, static, mask, columns, needs)
+    return Cost(own.flops, own.bytes + outputs * x.element_size())
+
+
+def _expert_mix_gradients(grad, x, weight, bias, logits, static, mask, columns, needs) -> tuple[Cost, int]:
+    """What every way of getting at the experts' outputs leaves to do, and how many outputs there are."""
     to_x, to_weight, to_bias, to_logits, to_static = _bits(needs, 5)
     num_experts, width, features = weight.shape
     _, routes = _routes(num_experts, logits, static, mask, columns)
     batch, to_experts = x.shape[0], max(to_x, to_weight, to_bias)
     outputs = batch * num_experts * width
-    flops = (1 + to_x + to_weight) * 2 * outputs * features + to_bias * outputs
+    flops = (to_x + to_weight) * 2 * outputs * features + to_bias * outputs
     flops += (to_experts + max(to_logits, to_static)) * 2 * batch * routes * width + to_logits * 5 * batch * routes
     moved = size(grad, x, weight, bias, logits, static) + to_x * size(x) + to_weight * size(x, weight)
     moved += to_bias * num_experts * width * weight.element_size() + to_logits * size(logits) + to_static * size(static)
-    return Cost(flops, moved + max(to_weight, to_bias) * 2 * outputs * x.element_size())
+    return Cost(flops, moved), outputs
 
 
 def snr_linear(
@@ -259,6 +292,8 @@ COSTS: dict[str, Callable[..., Cost]] = {
         mix_backward,
         expert_mix,
         expert_mix_backward,
+        expert_mix_saving,
+        expert_mix_saving_backward,
         snr_linear,
         snr_linear_backward,
         star_linear,

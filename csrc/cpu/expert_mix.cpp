@@ -80,7 +80,7 @@ struct Forward {
         const int64_t place = run.place * call.width * call.size, stride = set.experts() * call.width;
         const Output y{h + place, saves_input() ? z + place : nullptr, call.with_bias ? bias : nullptr, call.activation,
                        stride};
-        call.pack_sum->multiply(a, panels, rows, cols, call.features, y);
+        call.pack_sum->multiply(a, call.features, panels, rows, cols, call.features, y);
         if (saved) {
           const char* from = static_cast<const char*>(y.z ? y.z : y.y);
           char* keep = saved + (b * call.experts + run.first) * call.width * call.element;

@@ -39,6 +39,7 @@ struct ExpertMixCall {
   std::vector<char> used;  // of each expert: whether any row uses it
   Gates gates;
 
+  const SumKernels& sum_kernels() const { return linear->of_size(size); }
   double work() const { return double(batch) * experts * width * features; }
   int64_t to_rows(int64_t n) const { return (n + tile_rows - 1) / tile_rows * tile_rows; }
   int64_t to_cols(int64_t n) const { return (n + tile_cols - 1) / tile_cols * tile_cols; }

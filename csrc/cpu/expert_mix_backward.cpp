@@ -95,7 +95,7 @@ class Backward {
       const int64_t cols = p.run->count * call_.width;
       if (!saved_) call_.pack_w->rows_wide(weight, cols, call_.features, at(packed_, p.forward));
       if (!saved_) call_.take_bias(*p.run, at(packed_, p.bias));
-      if (needs_.x) call_.pack_w->columns_wide(weight, cols, call_.features, at(packed_, p.gradient), nullptr);
+      if (needs_.x) call_.pack_w->columns_wide(weight, cols, call_.features, at(packed_, p.gradient));
     });
   }
 
@@ -123,7 +123,7 @@ class Backward {
   }
 
   struct Buffers {
-    void *x_rows, *x_columns, *h, *z, *dz, *weights, *grad, *dz_rows, *dz_columns, *dx, *product;
+    void *x_rows, *x_columns, *h, *z, *dz, *weights, *grad, *dz_rows, *dz_columns, *dx;
   };
 
   // A task's buffers in memory; with null memory only the bytes they take.
@@ -141,8 +141,7 @@ class Backward {
                   {&m.grad, call_.element != call_.size ? rows_ * call_.tasks * call_.width : 0},
                   {&m.dz_rows, call_.to_rows(rows_) * outputs},
                   {&m.dz_columns, call_.to_rows(outputs) * rows_},
-                  {&m.dx, rows_ * k},
-                  {&m.product, rows_ * k}};
+                  {&m.dx, rows_ * k}};
     Pieces pieces(memory, call_.size);
     size_t bytes = 0;
     for (const auto& w : wanted) {
@@ -182,13 +181,15 @@ class Backward {
       for (const Panels* p = panels; p != end; ++p) {
         const int64_t input = p->run->input;
         if (needs_.weight && by_columns != input)
-          call_.pack->columns_wide(call_.input_rows(input, b), rows, call_.features, m.x_columns, nullptr);
+          call_.pack->columns_wide(call_.input_rows(input, b), rows, call_.features, m.x_columns);
         by_columns = input;
-        const Operand dz = call_.sums(at(m.dz, p->run->place * call_.width), stride);
-        if (needs_.weight || needs_.bias) parameters(m, dz, *p->run, part, rows, first);
+        const int64_t cols = p->run->count * call_.width;
+        call_.pack_sum->rows(call_.sums(at(m.dz, p->run->place * call_.width), stride), rows, cols, m.dz_rows);
+        if (needs_.weight || needs_.bias) parameters(m, *p->run, part, rows, first);
         if (!needs_.x) continue;
         if (dx_of >= 0 && dx_of != input) put_dx(m, dx_of, share, b, rows);
-        inputs(m, dz, *p, rows, dx_of == input);
+        call_.sum_kernels().accumulate(m.dz_rows, at(packed_, p->gradient), rows, call_.features, cols, m.dx,
+                                       call_.features, dx_of == input);
         dx_of = input;
       }
     }
@@ -213,34 +214,24 @@ class Backward {
       by_rows = input;
       const Output y{at(m.h, place), with_z ? at(m.z, place) : nullptr,
                      call_.with_bias ? at(packed_, p->bias) : nullptr, call_.activation, stride};
-      call_.pack_sum->multiply(m.x_rows, at(packed_, p->forward), rows, cols, call_.features, y);
+      call_.pack_sum->multiply(m.x_rows, call_.features, at(packed_, p->forward), rows, cols, call_.features, y);
     }
     if (saved_ && with_z) call_.kernels->activate(call_.activation, m.z, m.h, rows * stride);
   }
 
   // dW and db of a run.
-  void parameters(const Buffers& m, const Operand& dz, const ExpertRun& run, int64_t part, int64_t rows, bool first) {
+  void parameters(const Buffers& m, const ExpertRun& run, int64_t part, int64_t rows, bool first) {
     const int64_t cols = run.count * call_.width, outputs = call_.experts * call_.width, k = call_.features;
     char* db = nullptr;
     if (needs_.bias) {
       db = at(dbias_, part * outputs + run.first * call_.width);
       if (first) std::fill_n(db, cols * call_.size, char{0});
+      call_.sum_kernels().add_rows(m.dz_rows, rows, cols, db);
     }
-    call_.pack_sum->columns(dz, rows, cols, m.dz_columns, db);
     if (!needs_.weight) return;
-    const bool is_double = call_.sum == ScalarType::Double;
-    const auto accumulate = is_double ? call_.linear->accumulate_double : call_.linear->accumulate_float;
+    call_.sum_kernels().turn(m.dz_rows, rows, cols, m.dz_columns);
     char* dw = at(dweight_, (part * outputs + run.first * call_.width) * k);
-    accumulate(m.dz_columns, m.x_columns, cols, k, rows, dw, k, !first);
-  }
-
-  // dX of a run, on top of what m.dx holds of its unit.
-  void inputs(const Buffers& m, const Operand& dz, const Panels& p, int64_t rows, bool add) {
-    const int64_t cols = p.run->count * call_.width, k = call_.features;
-    call_.pack_sum->rows(dz, rows, cols, m.dz_rows);
-    const Output y{add ? m.product : m.dx, nullptr, nullptr, Activation::kNone, k};
-    call_.pack_sum->multiply(m.dz_rows, at(packed_, p.gradient), rows, k, cols, y);
-    if (add) call_.kernels->add(m.product, m.dx, rows * k);
+    call_.sum_kernels().accumulate_turned(m.dz_columns, m.x_columns, cols, k, rows, dw, k, !first);
   }
 
   void put_dx(const Buffers& m, int64_t input, size_t share, int64_t b, int64_t rows) {
@@ -268,7 +259,7 @@ class Backward {
         if (met_[input] == 1) continue;
         std::fill_n(static_cast<char*>(sum), count * call_.size, char{0});
         for (const InputSum& from : inputs_)
-          if (from.input == input) call_.kernels->add(at(from.sums, b * k), sum, count);
+          if (from.input == input) call_.sum_kernels().add_rows(at(from.sums, b * k), 1, count, sum);
         put_rows(sum, input, b, count / std::max<int64_t>(1, k));
       }
     });
@@ -285,7 +276,8 @@ class Backward {
       }
       if (sums == to) return;
       char* first = at(sums, e * each);
-      for (int64_t p = 1; p < parts_; ++p) call_.kernels->add(at(first, p * call_.experts * each), first, each);
+      for (int64_t p = 1; p < parts_; ++p)
+        call_.sum_kernels().add_rows(at(first, p * call_.experts * each), 1, each, first);
       call_.pack_w->narrow(first, own, each);
     });
   }

@@ -162,8 +162,8 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
                                  const OptionalTensor& columns,
                                  const std::optional<std::vector<int64_t>>& experts_per_unit,
                                  const std::string& activation, int64_t set_columns) {
-  static const LinearKernels& linear = MTL_BEST_ISA(linear_kernels);
-  static const ExpertMixTable& table = MTL_BEST_ISA(expert_mix_kernels);
+  const LinearKernels& linear = linear_kernels();
+  const ExpertMixTable& table = MTL_BEST_ISA(expert_mix_kernels);
   ExpertMixCall call{};
   STD_TORCH_CHECK(weight.dim() == 3, "weight must be [E,D,K]");
   STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "x must be [B,K] or [B,U,K]");
@@ -183,7 +183,7 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
   call.pack_w = &linear.by_storage[int(storage_of(weight.scalar_type(), "weight"))];
   call.pack_sum = &linear.by_storage[int(storage_of(call.sum, "x"))];
   call.tile_rows = linear.tile_rows;
-  call.tile_cols = is_double ? linear.tile_cols_double : linear.tile_cols_float;
+  call.tile_cols = linear.of_size(call.size).tile_cols;
   call.with_bias = bias.has_value();
   if (bias) {
     call.bias = dense(*bias);

@@ -50,7 +50,6 @@ struct ExpertMixKernels {
   // dlogits of batch rows [begin, end) from da [B, columns]; memory as for normalise.
   void (*logits_gradient)(const Gates&, const Routing& all, int64_t begin, int64_t end, const void* da,
                           const void* grad_lse, void* dlogits, void* memory);
-  void (*add)(const void* from, void* to, int64_t n);
 };
 
 struct ExpertMixTable {

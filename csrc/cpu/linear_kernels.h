@@ -54,7 +54,8 @@ struct SumKernels {
   // The same for A from `turn`.
   void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
                             int64_t stride, bool add);
-  // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their ends.
+  // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their
+  // ends.
   void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);
   // sums[c] += the sum of column c, row after row.
   void (*add_rows)(const void* rows, int64_t n, int64_t cols, void* sums);

@@ -218,7 +218,8 @@ void sum_lane(const Problem& q, const std::vector<Segment>& lane, const Operand&
   const auto gradient = [&](const Tensor& t, int64_t at) {
     return static_cast<char*>(t.mutable_data_ptr()) + at * int64_t(q.w_element);
   };
-  const int64_t block_bytes = round_up(kOutputs, q.tile_rows) * round_up(kDepth, q.tile_rows) * int64_t(q.packed) + kPastEnd;
+  const int64_t block_bytes =
+      round_up(kOutputs, q.tile_rows) * round_up(kDepth, q.tile_rows) * int64_t(q.packed) + kPastEnd;
   char* dz_block = static_cast<char*>(scratch(1, 2 * block_bytes));
   char* a = dz_block + block_bytes;
   char* b = static_cast<char*>(scratch(2, round_up(k, q.tile_cols) * kDepth * q.packed + 64));

@@ -56,12 +56,12 @@ class Operator:
         reference: Callable[..., tuple[Tensor, ...]],
         predicates: dict[str, backend.Predicate],
         remember: Callable[[Callable], Callable[..., Tensor]] | None = None,
-        public: tuple[str, ...] = (),
+        public: tuple[str, ...] | None = None,
         autocast: bool = False,
         sizes: Callable[..., backend.Sizes] | None = None,
     ) -> None:
         self.name, self.num_tensors, self.reference = name, num_tensors, reference
-        self.public, self.autocast, self.sizes = public or (name,), autocast, sizes
+        self.public, self.autocast, self.sizes = (name,) if public is None else public, autocast, sizes
         self.all[name] = self
         self._keep, self._gradients, self._remember = keep, gradients, remember
         self._forward: dict[str, Callable] = {}

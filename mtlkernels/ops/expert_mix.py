@@ -140,6 +140,7 @@ OPERATOR = Operator(
     gradients=_gradients,
     reference=_plain.expert_mix,
     predicates=_PREDICATES,
+    autocast=True,
 )
 
 # The same for the CPU's training step: one output more, the experts' outputs, for backward to read.
@@ -152,4 +153,5 @@ SAVING = Operator(
     gradients=_gradients,
     reference=lambda x, *args: (*_plain.expert_mix(x, *args), x.new_empty(0)),
     predicates={**_PREDICATES, "triton": lambda case: _backend.Support(False, "Triton computes the experts again")},
+    public=(),
 )

@@ -8,8 +8,8 @@
 
 #include "esmm_loss.cu"
 #include "expert_linear.cu"
+#include "hard_concrete.cu"
 #include "library.cpp"
 #include "masked_bce.cu"
-#include "hard_concrete.cu"
 #include "mix.cu"
 #include "partitioned_norm.cu"

@@ -251,15 +251,8 @@ void logits_gradient(const Gates& g, const Routing& all, int64_t begin, int64_t 
 }
 
 template <class C>
-void add(const void* from, void* to, int64_t n) {
-  const C* f = static_cast<const C*>(from);
-  C* t = static_cast<C*>(to);
-  for (int64_t i = 0; i < n; ++i) t[i] += f[i];
-}
-
-template <class C>
 constexpr ExpertMixKernels kernels_of() {
-  return {normalise<C>, weights<C>, mix<C>, gradients<C>, outputs<C>, through<C>, logits_gradient<C>, add<C>};
+  return {normalise<C>, weights<C>, mix<C>, gradients<C>, outputs<C>, through<C>, logits_gradient<C>};
 }
 
 }  // namespace
