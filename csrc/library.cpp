@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   define_forward(m, "expert_linear",
                  "(Tensor x, Tensor weight, Tensor? bias, int[]? experts_per_unit, str activation, bool save)"
                  " -> (Tensor, Tensor)");
+  // The first output alone, for eager calls without a gradient: a second one costs them a microsecond.
+  m.def(
+      "expert_linear_only(Tensor x, Tensor weight, Tensor? bias, int[]? experts_per_unit, str activation, bool save)"
+      " -> Tensor");
   // needs: bit 1 dx, 2 dweight, 4 dbias; what is not needed comes back empty. saved: y, or z where forward saved it.
   m.def(
       "expert_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor saved, int[]? experts_per_unit,"
@@ -22,7 +26,7 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   define_forward(m, "mix",
                  "(Tensor experts, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns, int[]? native)"
                  " -> (Tensor, Tensor)");
-  // The first output alone, for eager calls without a gradient: a second one costs them a microsecond.
+  // As above: the first output alone.
   m.def(
       "mix_only(Tensor experts, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns, int[]? native)"
       " -> Tensor");

@@ -79,9 +79,11 @@ void multiply(const Problem& p, const PackKernels& pack, const Operand& x, const
   pack.multiply(copy, p.features, panels, rows - in_place, cols, p.features, out);
 }
 
-std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias_in,
-                                         std::optional<std::vector<int64_t>> experts_per_unit,
-                                         std::string activation_name, bool save) {
+using Counts = std::optional<std::vector<int64_t>>;
+
+// keep, if given, becomes z where the activation's gradient needs it.
+Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& bias_in,
+               const Counts& experts_per_unit, const std::string& activation_name, OptionalTensor* keep) {
   const Activation activation = activation_from(activation_name);
   const Tensor x = dense_rows(x_in), weight = dense(weight_in);
   Problem p = linear_problem(x, weight, experts_per_unit);
@@ -89,10 +91,13 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
                                bias_in->scalar_type() == weight.scalar_type()),
                   "bias must be [E,N] in weight's dtype");
   const PackKernels &pack = pack_kernels(x.scalar_type(), "x"), &pack_w = pack_kernels(weight.scalar_type(), "weight");
-  const bool with_z = save && needs_input(activation);
   Tensor y = allocate({p.batch, p.experts, p.outputs}, x.scalar_type());
-  Tensor z = with_z ? allocate_like(y) : allocate({0}, x.scalar_type());
-  if (y.numel() == 0) return {y, z};
+  char* z = nullptr;
+  if (keep && needs_input(activation)) {
+    *keep = allocate_like(y);
+    z = static_cast<char*>((*keep)->mutable_data_ptr());
+  }
+  if (y.numel() == 0) return y;
 
   const int64_t numbers = p.lay_out([&](const Unit& u) { return round_up(u.cols, p.tile_cols) * p.features; });
   const int64_t bias_numbers = p.columns() + int64_t(p.units.size()) * p.tile_cols;
@@ -116,13 +121,24 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
     const Task& t = tasks[i];
     const Unit& u = *t.unit;
     const int64_t offset = (t.row * p.columns() + u.first + t.col) * int64_t(element);
-    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset,
-                     with_z ? static_cast<char*>(z.mutable_data_ptr()) + offset : nullptr,
+    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset, z ? z + offset : nullptr,
                      bias_in ? bias_at(u) + t.col * p.packed_size : nullptr, activation, p.columns()};
     multiply(p, pack, moved(input_of(x, u), t.row, 0, element),
              panels + (u.panels + t.col * p.features) * p.packed_size, t.rows, t.cols, out, element);
   });
-  return {y, z};
+  return y;
+}
+
+std::tuple<Tensor, Tensor> expert_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                         Counts experts_per_unit, std::string activation, bool save) {
+  OptionalTensor z;
+  Tensor y = forward(x, weight, bias, experts_per_unit, activation, save ? &z : nullptr);
+  return {std::move(y), z ? *z : allocate({0}, x.scalar_type())};
+}
+
+Tensor expert_linear_only(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Counts experts_per_unit,
+                          std::string activation, bool) {
+  return forward(x, weight, bias, experts_per_unit, activation, nullptr);
 }
 
 }  // namespace
@@ -130,6 +146,7 @@ std::tuple<Tensor, Tensor> expert_linear(const Tensor& x_in, const Tensor& weigh
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("expert_linear", TORCH_BOX(&expert_linear));
   m.impl("expert_linear_eager", TORCH_BOX(&expert_linear));
+  m.impl("expert_linear_only", TORCH_BOX(&expert_linear_only));
 }
 
 }  // namespace mtl
