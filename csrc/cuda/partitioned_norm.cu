@@ -1,59 +1,15 @@
 // partitioned_norm and its backward on CUDA tensors: checks, grouping, allocation, launch.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "launch.h"
+#include "glue.h"
 #include "partitioned_norm_launch.cuh"
 
 namespace mtl {
 namespace partitioned_norm_glue {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-}
-
-Scalar scalar_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::f32;
-    case ScalarType::Half:
-      return Scalar::f16;
-    case ScalarType::BFloat16:
-      return Scalar::bf16;
-    case ScalarType::Double:
-      return Scalar::f64;
-    default:
-      STD_TORCH_CHECK(false, name, ": a floating-point tensor was expected, got scalar type ",
-                      static_cast<int>(tensor.scalar_type()));
-  }
-  return Scalar::f32;
-}
-
-// Runs `body` with a value of the storage type of x.
-template <class Body>
-void dispatch(Scalar type, Body body) {
-  switch (type) {
-    case Scalar::f32:
-      return body(float{});
-    case Scalar::f16:
-      return body(__half{});
-    case Scalar::bf16:
-      return body(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, "x: float32, bfloat16 or float16 was expected, got float64");
-  }
-}
 
 int bytes_of(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
 
@@ -176,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> partitioned_norm(const Tensor& x, con
   args.count = static_cast<int64_t*>(count.mutable_data_ptr());
   if (args.domains == 0) return {out, mean, var, count};
   if (training) call.group(stream);
-  dispatch(call.type, [&](auto s) { launch_norm_forward<decltype(s)>(args, stream); });
+  dispatch(call.type, "x", [&](auto s) { launch_norm_forward<decltype(s)>(args, stream); });
   return {out, mean, var, count};
 }
 
@@ -222,7 +178,7 @@ FiveTensors partitioned_norm_backward(const Tensor& grad, const Tensor& x, const
     if (needs & 8) args.down_weight = down_weight.mutable_data_ptr();
     if (needs & 16) args.down_bias = down_bias.mutable_data_ptr();
   }
-  dispatch(call.type, [&](auto s) { launch_norm_backward<decltype(s)>(args, stream); });
+  dispatch(call.type, "x", [&](auto s) { launch_norm_backward<decltype(s)>(args, stream); });
   if (needs & 2)
     launch_sum_partials(args.weighted, args.domains, args.width, dweight.mutable_data_ptr(), args.affine_type, stream);
   if (needs & 4)
