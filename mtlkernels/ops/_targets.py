@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from ._arguments import FLOATS
+
 # What the kernels read as it is; other integers are converted.
-_READ = (*_FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)
+_READ = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)
 _INTEGERS = (torch.int8, torch.int16, torch.uint16)
 
 
@@ -13,7 +14,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     """Raises TypeError unless logits is a tensor of a dtype that the losses are defined for."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
-    if logits.dtype not in _FLOATS:
+    if logits.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {logits.dtype}")
 
 

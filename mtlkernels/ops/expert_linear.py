@@ -7,11 +7,10 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import expert_linear as _plain
+from ._arguments import ACTIVATIONS, autocast, check_activation, check_weight_dtype
 from ._operator import Grads, Operator
 
-ACTIVATIONS = tuple(name for name in _plain.ACTIVATIONS if name)
 _NAMES = {None: "", **{name: name for name in ACTIVATIONS}}
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def expert_linear(
@@ -58,20 +57,13 @@ def expert_linear(
                 raise refused
             finally:
                 del refused  # its traceback holds this frame
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
-        x = _autocast(x)
+    x = autocast(x)
     counts = _check(x, weight, bias, experts_per_unit, activation)
     name = activation or ""
     grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     which = _backend.choose("expert_linear", backend, x)
     save = grad and name in _plain.NEED_INPUT and torch.is_grad_enabled()
     return OPERATOR(which, grad, x, weight, bias, counts, name, save)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(
@@ -87,14 +79,7 @@ def _check(
         raise ValueError(f"x must be [B,K] or [B,U,K]; got shape {tuple(xs)}")
     if xs[-1] != ws[2]:
         raise ValueError(f"x has {xs[-1]} features in its last dimension, weight [E,N,K] expects K={ws[2]}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}")
-    if weight.dtype != x.dtype and not (
-        weight.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and torch.is_autocast_enabled(x.device.type)
-    ):
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}: they must agree (or run under torch.autocast)")
+    check_weight_dtype(x, weight)
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: they must be on one device")
     if bias is not None:
@@ -102,8 +87,7 @@ def _check(
             raise ValueError(f"bias must be [E,N] = {tuple(ws[:2])}; got shape {tuple(bias.shape)}")
         if bias.dtype != weight.dtype or bias.device != x.device:
             raise TypeError(f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_activation(activation)
     if experts_per_unit is None:
         if len(xs) == 3 and xs[1] != ws[0]:
             raise ValueError(

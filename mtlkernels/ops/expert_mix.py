@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import expert_mix as _plain
+from ._arguments import autocast
 from ._operator import Grads, Operator
-from .expert_linear import _autocast
 from .expert_linear import _check as _check_linear
 from .mix import _check as _check_mix
 from .mix import _num_rows
@@ -52,8 +52,7 @@ def expert_mix(
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit; the message names it.
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
-        x = _autocast(x)
+    x = autocast(x)
     counts = _check_linear(x, weight, bias, experts_per_unit, activation)
     columns = None
     if routes is not None:

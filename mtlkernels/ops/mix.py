@@ -7,11 +7,10 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import mix as _plain
+from ._arguments import FLOATS
 from ._operator import Grads, Operator
 from .expert_linear import read_counts
 from .routes import Routes
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mix(
@@ -168,7 +167,7 @@ def _check_all(experts, logits, static, mask, routes, units, name) -> list[int] 
 def _check_side(name: str, tensor: Tensor, experts: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
     if tensor.device != experts.device:
         raise ValueError(f"{name} is on {tensor.device}, experts on {experts.device}: they must be on one device")
@@ -188,7 +187,7 @@ def _check(
     shape = experts.shape
     if len(shape) != 3:
         raise ValueError(f"experts must be [B,E,D]; got shape {tuple(shape)}")
-    if experts.dtype not in _FLOATS:
+    if experts.dtype not in FLOATS:
         raise TypeError(f"experts must be float64, float32, bfloat16 or float16; got {experts.dtype}")
     batch, num_experts, width = shape
     if routes is not None:

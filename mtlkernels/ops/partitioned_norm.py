@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import partitioned_norm as _plain
 from ..reference.expert_linear import accumulate_dtype
+from ._arguments import FLOATS
 from ._operator import Grads, Operator, _plain_gradients
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LIBRARY = {"native": "mtlkernels", "triton": "mtlkernels_triton"}
 
@@ -91,7 +91,7 @@ def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, ru
         raise TypeError(f"x must be a tensor; got {type(x).__name__}")
     if x.dim() != 2:
         raise ValueError(f"x must be [B,D]; got shape {tuple(x.shape)}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}")
     if not isinstance(domain, Tensor) or domain.dtype not in _INTEGERS:
         raise TypeError(f"domain must be an integer tensor; got {getattr(domain, 'dtype', type(domain).__name__)}")
@@ -110,7 +110,7 @@ def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, ru
     ):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
         if tensor.dtype != like.dtype:
             first = "weight" if like is weight else "running_mean"

@@ -7,12 +7,9 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import snr_linear as _plain
+from ..reference.expert_linear import NEED_INPUT
+from ._arguments import autocast, check_activation, check_weight_dtype
 from ._operator import Grads, Operator
-from .expert_linear import ACTIVATIONS, _autocast
-
-# Their derivative needs the value before the activation; the others' follows from the output.
-_NEED_INPUT = ("gelu", "silu")
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def snr_linear(
@@ -48,13 +45,12 @@ def snr_linear(
 
     SNR-Trans of Ma et al., AAAI 2019.
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
-        x = _autocast(x)
+    x = autocast(x)
     _check(x, weight, gate, bias, activation, skip_closed)
     name = activation or ""
     grad = x.requires_grad or weight.requires_grad or gate.requires_grad or (bias is not None and bias.requires_grad)
     which = _backend.choose("snr_linear", backend, x)
-    save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
+    save = grad and name in NEED_INPUT and torch.is_grad_enabled()
     return OPERATOR(which, grad, x, weight, gate, bias, name, skip_closed, save)
 
 
@@ -71,14 +67,7 @@ def _check(
         raise ValueError(f"x must be [B,J,K] = [B, {ws[1]}, {ws[3]}], as weight [I,J,N,K]; got shape {tuple(x.shape)}")
     if gate.shape != ws[:2]:
         raise ValueError(f"gate must be [I,J] = {tuple(ws[:2])}; got shape {tuple(gate.shape)}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}")
-    if weight.dtype != x.dtype and not (
-        weight.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and torch.is_autocast_enabled(x.device.type)
-    ):
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}: they must agree (or run under torch.autocast)")
+    check_weight_dtype(x, weight)
     if gate.dtype not in (torch.float32, x.dtype):
         raise TypeError(f"gate must be float32 or x's dtype {x.dtype}; got {gate.dtype}")
     for name, tensor in (("weight", weight), ("gate", gate)):
@@ -89,8 +78,7 @@ def _check(
             raise ValueError(f"bias must be [I,N] = {(ws[0], ws[2])}; got shape {tuple(bias.shape)}")
         if bias.dtype != weight.dtype or bias.device != x.device:
             raise TypeError(f"bias is {bias.dtype} on {bias.device}, weight {weight.dtype} on {weight.device}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_activation(activation)
     if not isinstance(skip_closed, bool):
         raise TypeError(f"skip_closed must be a bool; got {skip_closed!r}")
 
@@ -99,7 +87,7 @@ def _forward_fake(
     x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, activation: str, skip_closed: bool, save: bool
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0], weight.shape[2])
-    return y, torch.empty_like(y) if save and activation in _NEED_INPUT else x.new_empty(0)
+    return y, torch.empty_like(y) if save and activation in NEED_INPUT else x.new_empty(0)
 
 
 def _backward_fake(
@@ -121,7 +109,7 @@ def _backward_fake(
 
 
 def _keep(args: tuple, outputs: tuple) -> tuple[Tensor]:
-    return (outputs[1] if args[6] and args[4] in _NEED_INPUT else outputs[0],)
+    return (outputs[1] if args[6] and args[4] in NEED_INPUT else outputs[0],)
 
 
 def _gradients(backward, args: tuple, kept: tuple[Tensor], needs: Sequence[bool], grads: Grads) -> Grads:

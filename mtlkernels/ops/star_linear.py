@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import star_linear as _plain
-from ..reference.expert_linear import NEED_INPUT as _NEED_INPUT
+from ..reference.expert_linear import NEED_INPUT
+from ._arguments import autocast, check_activation, check_weight_dtype
 from ._operator import Grads, Operator
-from .expert_linear import _FLOATS, ACTIVATIONS, _autocast
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -48,14 +48,13 @@ def star_linear(
             of range raises ValueError on a CPU (RuntimeError from compiled and exported calls). On a GPU such a row is
             NaN and takes no part in any gradient: a check there would have to wait for the device.
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
-        x = _autocast(x)
+    x = autocast(x)
     _check(x, domain, weight, domain_weight, bias, domain_bias, activation)
     name = activation or ""
     biases = [b for b in (bias, domain_bias) if b is not None]
     grad = any(t.requires_grad for t in (x, weight, domain_weight, *biases))
     which = _backend.choose("star_linear", backend, x)
-    save = grad and name in _NEED_INPUT and torch.is_grad_enabled()
+    save = grad and name in NEED_INPUT and torch.is_grad_enabled()
     args = which, grad, x, domain, weight, domain_weight, bias, domain_bias, name, save
     if torch.compiler.is_compiling():
         return OPERATOR(*args)
@@ -111,14 +110,7 @@ def _check(
         raise ValueError(f"domain must be [B], one id for each of x's {x.shape[0]} rows; got {tuple(domain.shape)}")
     if domain.dtype not in _INTEGERS:
         raise TypeError(f"domain must be of an integer type; got {domain.dtype}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16; got {x.dtype}")
-    if weight.dtype != x.dtype and not (
-        weight.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and torch.is_autocast_enabled(x.device.type)
-    ):
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}: they must agree (or run under torch.autocast)")
+    check_weight_dtype(x, weight)
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: they must be on one device")
@@ -128,8 +120,7 @@ def _check(
         raise ValueError(f"bias must be [N] = ({n},); got shape {tuple(bias.shape)}")
     if domain_bias is not None and domain_bias.shape != ws[:2]:
         raise ValueError(f"domain_bias must be [P,N] = {tuple(ws[:2])}; got shape {tuple(domain_bias.shape)}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    check_activation(activation)
 
 
 def _forward_fake(
@@ -143,7 +134,7 @@ def _forward_fake(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, torch.empty_like(y) if save and activation in _NEED_INPUT else x.new_empty(0)
+    return y, torch.empty_like(y) if save and activation in NEED_INPUT else x.new_empty(0)
 
 
 def _backward_fake(
