@@ -117,12 +117,29 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor
     }
   }
   const std::vector<Task> tasks = tasks_of(p);
+  const bool stream = y.numel() * int64_t(element) >= kStreamBytes;
+  // What this thread is likely to read next.
+  const auto ahead_of = [&](int64_t i) {
+    Ahead ahead;
+    const int64_t next = i + int64_t(torch::stable::get_num_threads());
+    if (next < int64_t(tasks.size())) {
+      const Operand rows = moved(input_of(x, *tasks[next].unit), tasks[next].row, 0, element);
+      add(ahead, rows.data, rows.stride * int64_t(element), tasks[next].rows, p.features * int64_t(element));
+    }
+    return ahead;
+  };
   run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const Unit& u = *t.unit;
     const int64_t offset = (t.row * p.columns() + u.first + t.col) * int64_t(element);
-    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset, z ? z + offset : nullptr,
-                     bias_in ? bias_at(u) + t.col * p.packed_size : nullptr, activation, p.columns()};
+    Ahead ahead = ahead_of(i);
+    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset,
+                     z ? z + offset : nullptr,
+                     bias_in ? bias_at(u) + t.col * p.packed_size : nullptr,
+                     activation,
+                     p.columns(),
+                     stream,
+                     &ahead};
     multiply(p, pack, moved(input_of(x, u), t.row, 0, element),
              panels + (u.panels + t.col * p.features) * p.packed_size, t.rows, t.cols, out, element);
   });

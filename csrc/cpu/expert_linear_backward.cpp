@@ -33,6 +33,7 @@ struct Call {
   char *weight_sums, *bias_sums;
 
   size_t element() const { return x.element_size(); }
+  bool stream_dx() const { return x.numel() * int64_t(element()) >= kStreamBytes; }
   bool direct() const { return weight.element_size() == p.packed_size; }
   // The first slice's sums go straight to dweight where it has the packed type.
   char* sums_of(int64_t slice) const {
@@ -76,8 +77,19 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
   const Operand x = input_of(call.x, u);
   const bool dx_direct = call.element() == p.packed_size;
   const int64_t dx_stride = p.inputs * p.features;
+  const auto ahead_of = [&](int64_t r) {
+    Ahead ahead;
+    const int64_t n = std::min(call.rows, end - r), bytes = int64_t(call.element());
+    if (n <= 0) return ahead;
+    if (weight_sums) add(ahead, moved(x, r, 0, call.element()).data, x.stride * bytes, n, p.features * bytes);
+    const Operand dz = moved(call.dz, r, u.first, call.element());
+    if (dz.saved) add(ahead, dz.saved, dz.stride * bytes, n, u.cols * bytes);
+    add(ahead, dz.data, dz.stride * bytes, n, u.cols * bytes);
+    return ahead;
+  };
   for (int64_t r = begin; r < end; r += call.rows) {
     const int64_t n = std::min(call.rows, end - r);
+    Ahead ahead = ahead_of(r + call.rows);
     char* dx = call.dx ? call.dx + (r * dx_stride + u.input * p.features) * call.element() : nullptr;
     char* dx_sums = !dx || dx_direct ? dx : scratch_of(kInputGradient, n * p.features, p);
     if (weight_sums) pack.columns_wide(moved(x, r, 0, call.element()), n, p.features, input);
@@ -86,13 +98,15 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
       const int64_t cols = std::min(kColumns, u.cols - c);
       pack.rows(moved(call.dz, r, u.first + c, call.element()), n, cols, dz);
       if (dx)
-        kernels.accumulate(dz, call.panels + (u.panels + c * call.padded) * p.packed_size, n, p.features, cols, dx_sums,
-                           dx_direct ? dx_stride : p.features, c > 0);
+        kernels.accumulate(dz, call.panels + (u.panels + c * call.padded) * p.packed_size, n, p.features, cols,
+                           {dx_sums, dx_direct ? dx_stride : p.features, c > 0,
+                            dx_direct && call.stream_dx() && u.cols <= kColumns, weight_sums ? nullptr : &ahead});
       if (bias_sums) kernels.add_rows(dz, n, cols, bias_sums + c * p.packed_size);
       if (weight_sums) {
         kernels.turn(dz, n, cols, turned);
-        kernels.accumulate_turned(turned, input, cols, p.features, n, weight_sums + c * p.features * p.packed_size,
-                                  p.features, r > begin);
+        kernels.accumulate_turned(
+            turned, input, cols, p.features, n,
+            {weight_sums + c * p.features * p.packed_size, p.features, r > begin, false, &ahead});
       }
       c += kColumns;
     } while (c < u.cols);

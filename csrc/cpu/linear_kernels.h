@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/activation.h"
+#include "ahead.h"
 #include "dispatch.h"
 
 namespace mtl {
@@ -19,12 +20,15 @@ struct Operand {
 };
 
 // Where a product's rows go: y[r][c] = act(sum + bias[c]) rounded to y's type, and z the same before act, if given.
+// With `stream`, past the caches where the instruction set writes whole lines. `ahead`: what to fetch meanwhile, if given.
 struct Output {
   void* y;
   void* z;
   const void* bias;  // packed type, padded to whole panels; may be null
   Activation activation;
   int64_t stride;
+  bool stream = false;
+  Ahead* ahead = nullptr;
 };
 
 // Packing and multiplying, for one storage type. A's operand is rows of numbers to sum, side by side; B's panels of
@@ -45,15 +49,22 @@ struct PackKernels {
 
 constexpr int64_t kPastEnd = 128;
 
+// Where a product is kept in the packed type: at[r][c], rows `stride` apart; with `add`, on top of what is there.
+// `stream` and `ahead` as in Output.
+struct Sums {
+  void* at;
+  int64_t stride;
+  bool add, stream = false;
+  Ahead* ahead = nullptr;
+};
+
 // The same for the packed type, float or double.
 struct SumKernels {
   int tile_cols;
-  // sums[r][c], `stride` apart, = product of rows a [rows][depth] and panels b; with `add`, on top of what is there.
-  void (*accumulate)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                     int64_t stride, bool add);
+  // The product of rows a [rows][depth] and panels b [depth][cols].
+  void (*accumulate)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums&);
   // The same for A from `turn`.
-  void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                            int64_t stride, bool add);
+  void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums&);
   // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their
   // ends.
   void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);

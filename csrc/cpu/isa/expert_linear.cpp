@@ -47,11 +47,12 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   if (std::is_same_v<S, C> && cols == width && plain && !z) {
     // The usual case in registers: 11 % of a 4096 x 512 x 256 product went into the general one below.
     using V = Vector<C>;
+    const bool past = out.stream && whole_line(y, out.stride);
     const V b0 = bias ? load(bias) : V{}, b1 = bias ? load(bias + lanes) : V{};
     for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
       V v0 = load(tile) + b0, v1 = load(tile + lanes) + b1;
       if (relu) v0 = v0 <= C{0} ? V{} : v0, v1 = v1 <= C{0} ? V{} : v1;
-      store(reinterpret_cast<C*>(y), v0), store(reinterpret_cast<C*>(y) + lanes, v1);
+      store(reinterpret_cast<C*>(y), v0, past), store(reinterpret_cast<C*>(y) + lanes, v1, past);
     }
     return;
   }
@@ -70,44 +71,59 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   }
 }
 
+// Spreads what is to be fetched over the tiles of a product.
+template <class C>
+void spread_over(Ahead* ahead, int64_t rows, int64_t cols) {
+  constexpr int width = kTileCols<C>;
+  if (ahead) spread(*ahead, (cols + width - 1) / width * ((rows + kTileRows - 1) / kTileRows));
+}
+
 template <class S>
 void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
               const Output& out) {
   using C = SumOf<S>;
   constexpr int width = kTileCols<C>;
   alignas(kVectorBytes) C tile[kTileRows * width];
+  spread_over<C>(out.ahead, rows, cols);
   // One panel of B stays in L1 while the rows of A stream past it from L2.
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
+      if (out.ahead) ask(*out.ahead);
       multiply_tile<Layout::kRows>(depth, static_cast<const C*>(a) + r * a_stride, a_stride, bp, tile, width, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
   }
+  if (out.stream) streamed();
 }
 
 template <Layout layout, class C>
-void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
-                bool add) {
+void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums& sums) {
   constexpr int width = kTileCols<C>;
+  const int64_t stride = sums.stride;
+  const bool past = sums.stream && !sums.add && whole_line(static_cast<C*>(sums.at), stride);
   alignas(kVectorBytes) C tile[kTileRows * width];
+  spread_over<C>(sums.ahead, rows, cols);
   for (int64_t c = 0; c < cols; c += width) {
     const C* bp = static_cast<const C*>(b) + c * depth;
     const int64_t m = std::min<int64_t>(width, cols - c);
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      C* to = static_cast<C*>(sums) + r * stride + c;
+      C* to = static_cast<C*>(sums.at) + r * stride + c;
       const C* ap = static_cast<const C*>(a) + r * depth;  // rows and panels alike
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
-      for (int64_t i = n; i < std::min<int64_t>(n + kTileRows, rows - r); ++i) __builtin_prefetch(to + i * stride, 1);
+      if (sums.ahead) ask(*sums.ahead);
+      for (int64_t i = n; !past && i < std::min<int64_t>(n + kTileRows, rows - r); ++i)
+        __builtin_prefetch(to + i * stride, 1);
       if (n == kTileRows && m == width) {
-        multiply_tile<layout>(depth, ap, depth, bp, to, stride, add);
+        multiply_tile<layout>(depth, ap, depth, bp, to, stride, sums.add, past);
         continue;
       }
-      for (int64_t i = 0; add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
-      multiply_tile<layout>(depth, ap, depth, bp, tile, width, add);
+      for (int64_t i = 0; sums.add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
+      multiply_tile<layout>(depth, ap, depth, bp, tile, width, sums.add);
       for (int64_t i = 0; i < n; ++i) std::copy_n(tile + i * width, m, to + i * stride);
     }
   }
+  if (past) streamed();
 }
 
 template <class C>

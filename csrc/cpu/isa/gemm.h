@@ -16,9 +16,11 @@ namespace mtl::MTL_ISA {
 // elements of one depth do. Rows cost nothing to make, since they are only copied.
 enum class Layout { kRows, kPanel };
 
-// tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds.
+// tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds;
+// with `past`, past the caches: the tile's rows are whole lines.
 template <Layout layout, class C>
-inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, C* tile, int64_t stride, bool add) {
+inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, C* tile, int64_t stride, bool add,
+                          bool past = false) {
   using V = Vector<C>;
   constexpr int lanes = kLanes<C>, cols = kTileCols<C>;
   V sum[kTileRows][2];
@@ -40,8 +42,8 @@ inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* 
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    store(tile + i * stride, sum[i][0]);
-    store(tile + i * stride + lanes, sum[i][1]);
+    store(tile + i * stride, sum[i][0], past);
+    store(tile + i * stride + lanes, sum[i][1], past);
   }
 }
 
