@@ -20,7 +20,8 @@ struct Operand {
 };
 
 // Where a product's rows go: y[r][c] = act(sum + bias[c]) rounded to y's type, and z the same before act, if given.
-// With `stream`, past the caches where the instruction set writes whole lines. `ahead`: what to fetch meanwhile, if given.
+// With `stream`, past the caches where the instruction set writes whole lines. `ahead`: what to fetch meanwhile, if
+// given.
 struct Output {
   void* y;
   void* z;
@@ -68,14 +69,23 @@ struct SumKernels {
   // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their
   // ends.
   void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);
-  // sums[c] += the sum of column c, row after row.
+  // sums[c] += the sum of column c, row after row; the rows are sums, or, in the second, as `rows` packed them.
   void (*add_rows)(const void* rows, int64_t n, int64_t cols, void* sums);
+  void (*add_packed)(const void* rows, int64_t n, int64_t cols, void* sums);
+};
+
+// bfloat16 packed in pairs along the depth, where the processor multiplies those: a pair is as large as a float, and
+// the depth of a packed operand counts pairs, the last one filled up with a zero.
+struct PairKernels {
+  PackKernels pack;
+  SumKernels sums;
 };
 
 struct LinearKernels {
   int tile_rows;
   PackKernels by_storage[4];
   SumKernels for_float, for_double;
+  const PairKernels* pairs;  // may be null
   const SumKernels& of_size(size_t packed) const { return packed == sizeof(double) ? for_double : for_float; }
 };
 
