@@ -23,10 +23,11 @@ __device__ inline float snr_gate(const SnrArgs& a, int i, int j) {
 // A NaN is no 0.
 __device__ inline bool snr_open(const SnrArgs& a, float gate) { return !(a.skip && gate == 0.0f); }
 
-// A block's part of the work, as its tile of expert_linear, and the sub-networks it belongs to.
+// A block's part of the work, as its tile of expert_linear, and its sub-networks: forward has the upper one alone, dX
+// the lower one.
 struct SnrPart {
   LinearPart tile;
-  int upper, lower;  // forward: lower is none yet, of dX upper
+  int upper, lower;
 };
 
 template <class TILE, LinearProduct PRODUCT>
@@ -127,6 +128,10 @@ __device__ inline float snr_finish_block(const SnrArgs& a, const SnrPart& p, boo
   const int64_t corner = (block * a.outputs + p.tile.row0) * a.features + p.tile.column0;
   const int64_t offset = p.tile.slice * (a.lower * a.columns * a.features) + corner;
   const float gate = open ? snr_gate(a, p.upper, p.lower) : 0.0f;  // read again: a register fewer in the product
+  const auto weight_at = [&](int64_t n) {
+    return a.given_type == Scalar::f32 ? static_cast<const float*>(a.given_weight)[n]
+                                       : to_float(static_cast<const S*>(a.given_weight)[n]);
+  };
   float product = 0.0f;
   each_strip<TILE>(c, [&](int i, float (&strip)[TILE::kTilesN][4]) {
 #pragma unroll
@@ -135,7 +140,7 @@ __device__ inline float snr_finish_block(const SnrArgs& a, const SnrPart& p, boo
       for (int k = 0; k < 4; ++k) {
         const int row = at.row(i, k), column = at.column(j, k);
         if (open && a.products && row < rows && column < columns) {
-          product += load_as_float(a.given_weight, a.given_type, corner + row * a.features + column) * strip[j][k];
+          product += weight_at(corner + row * a.features + column) * strip[j][k];
         }
         strip[j][k] = open ? gate * strip[j][k] : 0.0f;
       }
@@ -197,7 +202,8 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   __syncthreads();  // every warp's product is there
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < TILE::kThreads / 32; ++warp) product += warps[warp];
-  const int across = static_cast<int>((a.features - 1) / TILE::kN + 1), down = (part.tile.columns - 1) / TILE::kM + 1;
+  const int across = static_cast<int>((a.features - 1) / TILE::kN + 1);
+  const int down = (part.tile.columns - 1) / TILE::kM + 1;
   const int tile = part.tile.row0 / TILE::kM * across + part.tile.column0 / TILE::kN;
   const int64_t row = static_cast<int64_t>(part.tile.slice) * (across * down) + tile;
   a.products[(row * a.upper + part.upper) * a.lower + part.lower] = product;
