@@ -5,5 +5,6 @@ from .mmoe import MMoE
 from .multitask import MultiTaskModel, Towers
 from .ple import CGC, PLE
 from .shared_bottom import SharedBottom
+from .snr import SNRAver, SNRTrans
 
-__all__ = ["CGC", "PLE", "AdaTT", "MMoE", "MultiTaskModel", "SharedBottom", "Towers"]
+__all__ = ["CGC", "PLE", "AdaTT", "MMoE", "MultiTaskModel", "SNRAver", "SNRTrans", "SharedBottom", "Towers"]
