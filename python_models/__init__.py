@@ -6,5 +6,6 @@ from .multitask import MultiTaskModel, Towers
 from .ple import CGC, PLE
 from .shared_bottom import SharedBottom
 from .snr import SNRAver, SNRTrans
+from .star import STAR
 
-__all__ = ["CGC", "PLE", "AdaTT", "MMoE", "MultiTaskModel", "SNRAver", "SNRTrans", "SharedBottom", "Towers"]
+__all__ = ["CGC", "PLE", "STAR", "AdaTT", "MMoE", "MultiTaskModel", "SNRAver", "SNRTrans", "SharedBottom", "Towers"]
