@@ -77,8 +77,9 @@ class Connections(nn.Module):
             return phi
         # Under functorch's transforms, and where nothing is trained, the parameter is left as it is.
         if self.training and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            with torch.no_grad():
-                phi.clamp_(-PHI_LIMIT, PHI_LIMIT)
+            # By way of data, which a graph of an earlier forward does not notice: unless the optimiser has moved the
+            # parameter since, and so ended that graph, nothing changes here.
+            phi.data.clamp_(-PHI_LIMIT, PHI_LIMIT)
             return phi
         return phi.clamp(-PHI_LIMIT, PHI_LIMIT)
 
