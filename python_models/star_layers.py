@@ -114,7 +114,8 @@ class PartitionedNorm(nn.Module):
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Mean and variance [D] over the domains' rows together; 0 and 1 as long as there were none."""
         mean, var = self.running_mean.double(), self.running_var.double()
-        share = (self.num_rows_tracked / self.num_rows_tracked.sum().clamp(min=1)).double()[:, None]
+        rows = self.num_rows_tracked.double()[:, None]
+        share = rows / rows.sum().clamp(min=1)
         centre = (share * mean).sum(0)
         spread = (share * (var + (mean - centre).square())).sum(0)
         spread = torch.where(self.num_rows_tracked.any(), spread, 1.0)
