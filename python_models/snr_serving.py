@@ -170,7 +170,8 @@ def prune(network: nn.Module) -> SNRServing:
 def pruned_trans(
     level: nn.Module, gate: Tensor, constants: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype
 ) -> PrunedTrans:
-    weight = level.weight.double() * gate[..., None, None]
+    z = gate[..., None, None]
+    weight = torch.where(z != 0, z * level.weight.double(), 0)  # what is closed may hold NaN
     bias = level.bias.double() + torch.einsum("ijnk,jk->in", weight, constants)
     norm = level.norm
     if getattr(norm, "kind", None) == "batch":

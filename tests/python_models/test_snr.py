@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from python_models import MMoE, SNRAver, SNRTrans
+from python_models import MMoE, MultiTaskModel, SNRAver, SNRTrans, Towers
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CASES = {
@@ -166,6 +166,15 @@ def test_closed_is_the_bias_alone(kind):
     assert model.density() == 0
 
 
+def test_closed_blocks_are_not_read():
+    model = dictate(make(SNRTrans, CASES["one level"]), [[1, 0, 0.5, 1]] * 3)
+    with torch.no_grad():
+        model.levels[0].weight[:, 1] = math.nan
+    x = torch.randn(7, 5).double()
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(model.for_serving()(x), model(x), rtol=0, atol=1e-14)
+
+
 def test_open_aver_is_mmoe_with_equal_gates_times_their_number():
     model, x = fill(make(SNRAver, CASES["one level"]), 3.0), torch.randn(7, 5).double()
     mmoe = MMoE(5, 3, 4, [[5, 4]], activation="tanh", gate_init="zero").double()
@@ -267,6 +276,30 @@ def test_compiled_training_clamps_and_draws_anew(kind):
 
 
 # Serving
+
+
+@both
+def test_serving_with_towers_and_in_half_precision(kind):
+    torch.manual_seed(0)
+    fusion, towers, x = spread(kind(5, 2, 3, [[4], [3]]), 4, 0), Towers(3, 2, [4]), torch.randn(64, 5)
+    exact = MultiTaskModel(fusion, towers).eval()(x)
+    served = MultiTaskModel(fusion.for_serving(), towers)
+    torch.testing.assert_close(served(x), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = served(x)
+    assert found.dtype == torch.bfloat16 and (found - exact).abs().max() < 0.03 * max(1, exact.abs().max())
+    found = served.bfloat16()(x.bfloat16())
+    assert found.dtype == torch.bfloat16 and (found - exact).abs().max() < 0.06 * max(1, exact.abs().max())
+
+
+@both
+def test_functional_gradients_leave_the_parameters_alone(kind):
+    model, x = make(kind, CASES["levels"]), torch.randn(7, 5).double()
+    with torch.no_grad():
+        model.levels[0].connections.log_alpha.fill_(9)
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(params)
+    assert params["levels.0.connections.log_alpha"].eq(9).all() and grads["first.linears.0.weight"].any()
 
 
 def flops(model, x):
