@@ -95,8 +95,8 @@ def search_tree(
     """The tree of least :func:`tree_cost` within a budget, as :class:`python_models.BranchedMTL` takes it.
 
     Exact for up to 6 tasks: every chain of refinements is considered. With more it is a beam search from the deepest
-    depth upwards, which merges clusters by complete linkage and keeps the `beam_width` best trees for each number of
-    clusters. Of equally good trees the cheaper one is taken.
+    depth upwards, which merges clusters by complete linkage and keeps, for each number of clusters, the `beam_width`
+    best. Of equally good trees the cheaper one is taken.
 
     Args:
         affinity: [D,T,T], from :func:`affinities`.
@@ -116,7 +116,6 @@ def search_tree(
     count("beam_width", beam_width, 1)
     tasks = range(affinity.shape[1])
     exact = len(tasks) <= EXHAUSTIVE_TASKS
-    propose = _coarser if exact else _linkage
     # From the deepest depth upwards: a state is (cost, spent, its partitions from the top).
     states, proposals = [(0.0, 0.0, (tuple((t,) for t in tasks),))], {}
     for d in reversed(range(len(prices))):
@@ -124,7 +123,8 @@ def search_tree(
         for cost, spent, levels in states:
             key = (d, levels[0])
             if key not in proposals:
-                proposals[key] = [(_cost(distance, p), p) for p in propose(levels[0], distance)]
+                found = _coarser(levels[0]) if exact else _merged(levels[0], distance, beam_width)
+                proposals[key] = [(_cost(distance, p), p) for p in found]
             for extra, partition in proposals[key]:
                 total = spent + prices[d] * len(partition)
                 if total + sum(prices[:d]) <= budget * (1 + 1e-12):
@@ -155,27 +155,40 @@ def _best(states: list, width: int) -> list:
     return kept
 
 
-def _coarser(clusters: Clusters, distance: np.ndarray) -> Iterable[Clusters]:
+def _coarser(clusters: Clusters) -> Iterable[Clusters]:
     """Every partition that `clusters` refines."""
     if not clusters:
         yield ()
         return
     first, rest = clusters[0], clusters[1:]
-    for partition in _coarser(rest, distance):
+    for partition in _coarser(rest):
         yield _ordered((first, *partition))
         for i, cluster in enumerate(partition):
             yield _ordered((*partition[:i], first + cluster, *partition[i + 1 :]))
 
 
-def _linkage(clusters: Clusters, distance: np.ndarray) -> Iterable[Clusters]:
-    """`clusters`, then merged two by two, the pair with the least largest distance first, down to one."""
-    yield clusters
-    while len(clusters) > 1:
-        pairs = [(i, j) for j in range(len(clusters)) for i in range(j)]
-        i, j = min(pairs, key=lambda pair: distance[np.ix_(clusters[pair[0]], clusters[pair[1]])].max())
-        others = tuple(cluster for k, cluster in enumerate(clusters) if k not in (i, j))
-        clusters = _ordered((clusters[i] + clusters[j], *others))
-        yield clusters
+def _merged(clusters: Clusters, distance: np.ndarray, width: int) -> Iterable[Clusters]:
+    """`clusters`, then two by two by complete linkage, down to one cluster: the `width` best of each number."""
+    level = [clusters]
+    while level:
+        yield from level
+        options = []
+        for partition in level:
+            rows = np.stack([distance[list(cluster)].max(0) for cluster in partition])
+            between = np.stack([rows[:, list(cluster)].max(1) for cluster in partition])
+            own = between.diagonal()
+            # Each pair's cost as one cluster, for what both cost now.
+            worse = np.maximum(between, np.maximum(own[:, None], own)) - own[:, None] - own
+            pairs = zip(*np.triu_indices(len(partition), 1), strict=True)
+            options += [(own.sum() + worse[i, j], partition, i, j) for i, j in pairs]
+        level = []
+        for _, partition, i, j in sorted(options):
+            others = (cluster for k, cluster in enumerate(partition) if k not in (i, j))
+            joined = _ordered((partition[i] + partition[j], *others))
+            if joined not in level:
+                level.append(joined)
+            if len(level) == width:
+                break
 
 
 def _ordered(clusters: Clusters) -> Clusters:

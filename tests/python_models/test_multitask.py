@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from python_models import CGC, PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom, Towers
+from python_models import CGC, PLE, AdaShare, AdaTT, BranchedMTL, MMoE, MultiTaskModel, SharedBottom, Towers
 
 FUSIONS = {
     "shared bottom": lambda **k: SharedBottom(6, 2, [5, 4], **k),
@@ -17,6 +17,8 @@ FUSIONS = {
     "adatt-sp": lambda **k: AdaTT(6, 2, 2, 0, [[5], [4]], **k),
     "adatt": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], [3], **k),
     "adatt per unit": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], single_expert="per_unit", **k),
+    "branched": lambda **k: BranchedMTL(6, 2, [[5], [4]], [[[0, 1]], [[0], [1]]], **k),
+    "adashare's result": lambda **k: AdaShare(6, 2, [[5], [4]], **k).for_serving([[True, True], [False, True]]).train(),
 }
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS.keys())
 
