@@ -39,7 +39,7 @@ class AdaShare(nn.Module):
         hard: draw v as one-hot, with the gradient of the softmax (straight-through).
         sample_in_eval: draw a policy from the probabilities in evaluation too, as the authors do during the search.
         **blocks: activation, dropout, norm, expert, device, dtype of :class:`python_models.layers.Blocks`. An `expert`
-            makes block(x), without the last activation.
+            makes block(x), without the last activation. A batch norm takes the rows of all tasks' streams together.
 
     Attributes: ``live_blocks``, how many blocks, the last ones, have a live policy: all tasks execute those below.
     ``policy_logits`` [T,L,2]: execute, skip. x may be per unit, [B,T,K].
@@ -281,7 +281,8 @@ class ResidualBlock(nn.Module):
 def _by_stream(module: nn.Module, x: Tensor) -> Tensor:
     """One module of a single expert for all of [B,S,K] -> [B,S,N]."""
     batch, streams, width = x.shape
-    return module(x.reshape(batch * streams, width)).view(batch, streams, -1)
+    y = module(x.reshape(batch * streams, width))
+    return y.view(batch, streams, y.shape[-1])
 
 
 @dataclass(frozen=True)

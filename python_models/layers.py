@@ -75,7 +75,7 @@ class Blocks:
     def without_gates(self) -> "Blocks":
         """Itself; ValueError where an option of the gates was given: for networks that have none."""
         for field in fields(self):
-            if field.name.startswith("gate") and getattr(self, field.name) != field.default:
+            if field.name.startswith("gate") and getattr(self, field.name) not in (field.default, []):
                 raise ValueError(f"{field.name} is for networks with gates; this one has none")
         return self
 

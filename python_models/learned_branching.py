@@ -58,7 +58,7 @@ class LearnedBranching(nn.Module):
         self.in_features, self.num_tasks = count("in_features", in_features, 0), count("num_tasks", num_tasks, 1)
         self.num_units, self.out_features = sizes[0], self.expert_dims[-1][-1]
         build = Blocks(**blocks).without_gates()
-        self.options = {"activation": build.activation, "dropout": build.dropout, "norm": build.norm}
+        self._options = {"activation": build.activation, "dropout": build.dropout, "norm": build.norm}
         self._temperature = Temperature(temperature, build.device)
         self.levels, self.choices, width = nn.ModuleList(), nn.ModuleList(), in_features
         for dims, parents, children in zip(self.expert_dims, sizes, [*sizes[1:], num_tasks], strict=True):
@@ -118,7 +118,7 @@ class LearnedBranching(nn.Module):
             copies = [copy.deepcopy(bank.experts[block]) for bank, blocks in used for block in blocks]
             return BranchedMTL(*sizes, expert=lambda *_: copies.pop(0), device=self._temperature.tensor.device).eval()
         weight = self.levels[0].linears[0].weight
-        tree = BranchedMTL(*sizes, **self.options, device=weight.device, dtype=weight.dtype)
+        tree = BranchedMTL(*sizes, **self._options, device=weight.device, dtype=weight.dtype)
         for (bank, blocks), kept in zip(used, tree.levels, strict=True):
             kept.load_state_dict({name: entry[blocks] for name, entry in bank.state_dict().items()})
         return tree.eval()

@@ -98,7 +98,7 @@ class UberNet(nn.Module):
         h, found = x.reshape(batch * self.views, self.in_features), []
         for layer, norm, skip in zip(self.trunk, self.norms, self.skips, strict=True):
             h = layer(h).squeeze(1)
-            found.append(skip(norm(h)).view(batch, self.views, -1))
+            found.append(skip(norm(h)).view(batch, self.views, skip.out_features))
         scores = found[0] if len(found) == 1 else torch.cat(found, 1)
         outputs = self._named(self.fusion(scores), self.out_features)
         if not with_scores:

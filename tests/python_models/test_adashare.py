@@ -181,7 +181,6 @@ def test_serving_is_a_copy_with_its_own_blocks():
         for p in model.parameters():
             p.zero_()
     assert torch.equal(served(x), expected)
-    assert served.policy == [[True] * 3] * 3 or any(not e for row in served.policy for e in row)
 
 
 def test_evaluation_takes_the_likelier():
