@@ -71,15 +71,19 @@ def test_equals_the_algorithm_row_by_row():
 
 def test_batches_count_their_rows():
     model, (x, labels, labelled) = make(), data(10)
-    limits, rows = [8, 3, 1], labelled.sum(0).tolist()
+    limits, rows = [2, 9, 1], labelled.sum(0).tolist()
+    assert rows[0] > limits[0] and 0 < rows[1] < limits[1] and rows[2] == 0
     accumulator = AsyncTaskAccumulator(*model.parameter_sets(), limits, 1000, partial(torch.optim.SGD, lr=0.1))
     row_loss(model, x, labels, labelled).backward()
     due = [t for t in range(3) if rows[t] >= limits[t]]
+    before = [[p.detach().flatten()[a:b].clone() for p, a, b in own] for own in model.parameter_sets()[1]]
     waiting = {t: [p.grad.flatten()[a:b].clone() for p, a, b in own] for t, own in enumerate(model.parameter_sets()[1])}
     assert accumulator.step(labelled) == due
     assert accumulator.counts == [0 if t in due else rows[t] for t in range(3)] + [int(labelled.any(1).sum())]
     for t, own in enumerate(model.parameter_sets()[1]):
-        for (p, begin, end), grad in zip(own, waiting[t], strict=True):
+        for (p, begin, end), grad, old in zip(own, waiting[t], before[t], strict=True):
+            step = 0.1 * grad / rows[t] if t in due else 0
+            torch.testing.assert_close(p.flatten()[begin:end], old - step, rtol=0, atol=1e-14)
             assert torch.equal(p.grad.flatten()[begin:end], torch.zeros_like(grad) if t in due else grad)
 
 

@@ -146,7 +146,10 @@ def test_gate_norms(gate_dims):
     assert network(x).shape == (50, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["ple", pytest.param("adatt per unit", marks=pytest.mark.slow)])
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adatt per unit", "adashare's result")]
+
+
+@pytest.mark.parametrize("name", ["ple", *SLOW_EXPORTS])
 def test_exports_with_any_batch(name):
     network = model(FUSIONS[name])
     x = torch.randn(7, 6)

@@ -93,9 +93,14 @@ def test_equals_numpy(numeric, case, norm):
 def test_evaluation_uses_running_statistics(numeric):
     case = CASES["views"]
     model = make(case)
+    mean, var = np.zeros(5), np.ones(5)
     for _ in range(3):
-        model(features(case))
+        x = features(case)
+        model(x)
+        h = numeric.expert(numeric.arrays(model), "trunk.0", 0, x.numpy().reshape(-1, 6))
+        mean, var = 0.9 * mean + 0.1 * h.mean(0), 0.9 * var + 0.1 * h.var(0, ddof=1)
     running = [(norm.running_mean.numpy(), norm.running_var.numpy()) for norm in model.norms]
+    np.testing.assert_allclose(running[0], (mean, var), rtol=0, atol=1e-14)
     numeric.compare(model.eval(), forward_of(numeric, case, "batch", running), features(case))
 
 
