@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,13 @@ class Blocks:
             device=self.device,
             dtype=self.dtype,
         )
+
+    def without_gates(self) -> "Blocks":
+        """Itself; ValueError where an option of the gates was given: for networks that have none."""
+        for field in fields(self):
+            if field.name.startswith("gate") and getattr(self, field.name) not in (field.default, []):
+                raise ValueError(f"{field.name} is for networks with gates; this one has none")
+        return self
 
     def gates(self, in_features: int, routes: Sequence[int], idle: int = 0, packed: bool = False) -> "Gates":
         """Gates of ``len(routes)`` rows; see :class:`Gates`."""
@@ -202,7 +209,7 @@ class FixedRoutes(nn.Module):
 
 
 class RoutedMix(FixedRoutes):
-    """``gated_mix`` along fixed routes: experts [B,E,D] and packed logits [B,R] -> [B,T,D].
+    """``mix`` along fixed routes: experts [B,E,D] with packed logits [B,R], static weights [R] or both -> [B,T,D].
 
     Row t mixes all experts of ``units[t]``, in that order.
     """
@@ -214,8 +221,26 @@ class RoutedMix(FixedRoutes):
             routes = mtl.Routes.by_unit(experts_per_unit, units)
         super().__init__(routes, device)
 
-    def forward(self, experts: Tensor, logits: Tensor) -> Tensor:
-        return mtl.gated_mix(experts, logits, routes=self.routes)
+    def forward(self, experts: Tensor, logits: Tensor | None = None, static: Tensor | None = None) -> Tensor:
+        return mtl.mix(experts, logits, static, routes=self.routes)
+
+
+class Pick(RoutedMix):
+    """Rows of x: [B,S,D] -> [B,len(rows),D], row t being x's row ``rows[t]``; a view where no copy is needed.
+
+    A mix, for the gradient of an index that names a row twice is a sum by atomics on a GPU.
+    """
+
+    def __init__(self, num_rows: int, rows: Sequence[int], device: torch.device | str | None = None) -> None:
+        super().__init__([1] * num_rows, [[row] for row in rows], device)
+        self.rows, self.same = len(rows), list(rows) == list(range(num_rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            return x
+        if x.shape[1] == 1:
+            return x.expand(-1, self.rows, -1)
+        return super().forward(x, static=x.new_ones(self.rows))
 
 
 def check_levels(expert_dims: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -1,4 +1,7 @@
-"""Plain torch to compare the networks with: one linear layer an expert, Python loops, softmax, einsum."""
+"""Plain torch to compare the networks with: one linear layer an expert, Python loops, softmax, einsum.
+
+And numpy in float64, whose gradients are central differences.
+"""
 
 import copy
 import pickle
@@ -69,14 +72,7 @@ def _numpy(output, tensors, oracle, tolerance=1e-12, slope=1e-7):
     grad = np.random.default_rng(5).standard_normal(expected.shape)
     found = torch.autograd.grad(output, list(tensors.values()), torch.from_numpy(np.asarray(grad)))
     for (name, array), gradient in zip(arrays.items(), found, strict=True):
-        differences, step = np.zeros_like(array), 1e-5
-        for index in np.ndindex(array.shape):
-            value, sides = array[index], []
-            for moved in (value + step, value - step):
-                array[index] = moved
-                sides.append((oracle(arrays) * grad).sum())
-            array[index] = value
-            differences[index] = (sides[0] - sides[1]) / (2 * step)
+        differences = _slopes(lambda: (oracle(arrays) * grad).sum(), array, 1e-5)
         scale = max(1.0, np.abs(differences).max(initial=0))
         np.testing.assert_allclose(gradient.numpy(), differences, rtol=0, atol=slope * scale, err_msg=name)
 
@@ -98,11 +94,67 @@ def _compiles(model, *batches):
             torch.testing.assert_close(compiled(*batch), model(*batch))
 
 
+def _expert(params, prefix, e, h, activation=np.tanh, last=True):
+    """Expert e of a bank in numpy: [B,K] -> [B,D]; `last`: the activation follows the last layer too."""
+    k = 0
+    while f"{prefix}.linears.{k}.weight" in params:
+        h = h @ params[f"{prefix}.linears.{k}.weight"][e].T + params[f"{prefix}.linears.{k}.bias"][e]
+        k += 1
+        if last or f"{prefix}.linears.{k}.weight" in params:
+            h = activation(h)
+    return h
+
+
+def _arrays(model):
+    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+
+def _slopes(value, array, step=1e-6):
+    """Central differences of value() by every entry of `array`, which is changed in place and put back."""
+    found = np.zeros_like(array)
+    for index in np.ndindex(array.shape):
+        kept = array[index]
+        array[index] = kept + step
+        above = value()
+        array[index] = kept - step
+        found[index] = (above - value()) / (2 * step)
+        array[index] = kept
+    return found
+
+
+def _differ(model, forward, x, run=None):
+    """model(x), float64, equals forward(arrays, x) in numpy, and every gradient its central differences.
+
+    Parameters whose gradient stays None must have no influence. `run` takes model's place in the call.
+    """
+    arrays, entry = _arrays(model), x.detach().numpy().copy()
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    out = (run or model)(x)
+    expected = forward(arrays, entry)
+    np.testing.assert_allclose(out.detach().numpy(), expected, rtol=0, atol=1e-12 * max(1, abs(expected).max()))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+
+    def value():
+        return (forward(arrays, entry) * grad.numpy()).sum()
+
+    for name, p, array in [(n, p, arrays[n]) for n, p in model.named_parameters()] + [("x", x, entry)]:
+        slope = _slopes(value, array)
+        found = np.zeros_like(array) if p.grad is None else p.grad.numpy()
+        np.testing.assert_allclose(found, slope, rtol=0, atol=2e-8 * max(1, abs(slope).max()), err_msg=name)
+
+
 @pytest.fixture
 def plain():
     return SimpleNamespace(
         experts=_experts, gates=_gates, mix=_mix, compare=_compare, numpy=_numpy, copies=_copies, compiles=_compiles
     )
+
+
+@pytest.fixture
+def numeric():
+    return SimpleNamespace(expert=_expert, arrays=_arrays, slopes=_slopes, compare=_differ)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

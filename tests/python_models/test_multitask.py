@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from python_models import CGC, PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom, SNRAver, SNRTrans, Towers
+from python_models import (
+    CGC,
+    PLE,
+    AdaShare,
+    AdaTT,
+    BranchedMTL,
+    MMoE,
+    MultiTaskModel,
+    SharedBottom,
+    SNRAver,
+    SNRTrans,
+    Towers,
+)
 
 FUSIONS = {
     "shared bottom": lambda **k: SharedBottom(6, 2, [5, 4], **k),
@@ -19,6 +31,8 @@ FUSIONS = {
     "adatt per unit": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], single_expert="per_unit", **k),
     "snr-trans": lambda **k: SNRTrans(6, 2, 3, [[5, 4], [4]], **k),
     "snr-aver": lambda **k: SNRAver(6, 2, [3, 2], [[5], [4]], **k),
+    "branched": lambda **k: BranchedMTL(6, 2, [[5], [4]], [[[0, 1]], [[0], [1]]], **k),
+    "adashare's result": lambda **k: AdaShare(6, 2, [[5], [4]], **k).for_serving([[True, True], [False, True]]).train(),
 }
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS.keys())
 
@@ -148,7 +162,10 @@ def test_gate_norms(gate_dims):
     assert network(x).shape == (50, 2, 4)
 
 
-@pytest.mark.parametrize("name", ["ple", pytest.param("adatt per unit", marks=pytest.mark.slow)])
+SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adatt per unit", "adashare's result")]
+
+
+@pytest.mark.parametrize("name", ["ple", *SLOW_EXPORTS])
 def test_exports_with_any_batch(name):
     network = model(FUSIONS[name])
     x = torch.randn(7, 6)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../ahead.h"
 #include "math.h"
 #include "reduce.h"
 
@@ -66,39 +67,14 @@ struct Memory {
   }
 };
 
-// What the next batch row reads, asked for a few lines at a time while this row is worked on: without it, reading and
-// computing took turns, at half the machine's bandwidth.
-class Ahead {
- public:
-  void add(const void* base, size_t bytes) {
-    ranges_[count_++] = {static_cast<const char*>(base), static_cast<const char*>(base) + bytes};
-    lines_ += int64_t(bytes) / 64;
-  }
-  // `points`: how often ask() will be called.
-  void spread(int64_t points) { share_ = lines_ / std::max<int64_t>(1, points) + 1; }
-  void ask() {
-    for (int64_t i = 0; i < share_ && count_ > 0; ++i) {
-      Range& range = ranges_[count_ - 1];
-      __builtin_prefetch(range.next, 0, 3);
-      range.next += 64;
-      if (range.next >= range.end) --count_;
-    }
-  }
-
- private:
-  struct Range {
-    const char *next, *end;
-  };
-  Range ranges_[2];
-  int count_ = 0;
-  int64_t lines_ = 0, share_ = 0;
-};
-
+// What the next batch row reads is fetched while this row is worked on: without it, reading and computing took turns,
+// at half the machine's bandwidth.
 template <class S>
 void add_experts(Ahead& ahead, const MixArgs& args, int64_t b) {
   const MixPlan& plan = *args.plan;
   if (args.expert_stride == plan.width && plan.experts * plan.width > 0)
-    ahead.add(static_cast<const S*>(args.experts) + b * args.batch_stride, plan.experts * plan.width * sizeof(S));
+    add(ahead, static_cast<const S*>(args.experts) + b * args.batch_stride, 0, 1,
+        plan.experts * plan.width * int64_t(sizeof(S)));
 }
 
 // Rows of one batch element: in place where storage is the type of sums, else widened.
@@ -155,7 +131,7 @@ void mix_rows(int64_t width, const int32_t* index, int64_t count, const int64_t*
   int64_t d = 0;
   for (; d + 2 * lanes <= width; d += 2 * lanes) {
     Vector<C> sum[n][2] = {};
-    ahead.ask();
+    ask(ahead);
     for (int64_t j = 0; j < count; ++j) {
       const C* row = h + index[j] * stride + d;
       const Vector<C> h0 = load(row), h1 = load(row + lanes);
@@ -233,7 +209,7 @@ void forward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
       weights_of_row(args, b, m, args.lse ? static_cast<C*>(args.lse) + b * plan.rows : nullptr);
       Ahead ahead;
       if (b + 1 < end) add_experts<S>(ahead, args, b + 1);
-      ahead.spread(points_of<C>(plan.uses, plan.width));
+      spread(ahead, points_of<C>(plan.uses, plan.width));
       mix_lists(plan.uses, plan.width, m.a, h, stride, out, ahead);
     }
     if constexpr (!std::is_same_v<S, C>)
@@ -352,9 +328,9 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
       if (b + 1 < end) {
         const int64_t grads = plan.rows * plan.width;
         add_experts<S>(ahead, args, b + 1);
-        if (grads > 0) ahead.add(static_cast<const S*>(args.grad) + (b + 1) * grads, grads * sizeof(S));
+        add(ahead, static_cast<const S*>(args.grad) + (b + 1) * grads, 0, 1, grads * int64_t(sizeof(S)));
       }
-      ahead.spread(points_of<C>(plan.users, plan.width));
+      spread(ahead, points_of<C>(plan.users, plan.width));
       if (args.dexperts) {
         for (int64_t u = 0; u < routes; ++u) m.logits[u] = m.a[plan.route[u]];
         mix_lists(plan.users, plan.width, m.logits, grad, grad_stride, dh, ahead);
