@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,13 @@ class Blocks:
             device=self.device,
             dtype=self.dtype,
         )
+
+    def without_gates(self) -> "Blocks":
+        """Itself; ValueError where an option of the gates was given: for networks that have none."""
+        for field in fields(self):
+            if field.name.startswith("gate") and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} is for networks with gates; this one has none")
+        return self
 
     def gates(self, in_features: int, routes: Sequence[int], idle: int = 0, packed: bool = False) -> "Gates":
         """Gates of ``len(routes)`` rows; see :class:`Gates`."""
@@ -172,7 +179,7 @@ class Gates(nn.Module):
 
 
 class RoutedMix(nn.Module):
-    """``gated_mix`` along fixed routes: experts [B,E,D] and packed logits [B,R] -> [B,T,D].
+    """``mix`` along fixed routes: experts [B,E,D] with packed logits [B,R], static weights [R] or both -> [B,T,D].
 
     Row t mixes all experts of ``units[t]``, in that order. The routes move with the module and are not in its
     state_dict: the constructor's arguments say all about them.
@@ -200,8 +207,8 @@ class RoutedMix(nn.Module):
         self._place()
         return self
 
-    def forward(self, experts: Tensor, logits: Tensor) -> Tensor:
-        return mtl.gated_mix(experts, logits, routes=self.routes)
+    def forward(self, experts: Tensor, logits: Tensor | None = None, static: Tensor | None = None) -> Tensor:
+        return mtl.mix(experts, logits, static, routes=self.routes)
 
     def extra_repr(self) -> str:
         return str(self._built)
