@@ -1,7 +1,10 @@
 """Plain torch to compare the networks with: one linear layer an expert, Python loops, softmax, einsum."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,9 +60,48 @@ def _compare(model, forward, x, tolerance):
         assert error <= tolerance, f"{name}: {error}"
 
 
+def _numpy(output, tensors, oracle, tolerance=1e-12, slope=1e-7):
+    """A float64 output equals oracle(arrays), and its gradient by every one of `tensors` its central differences."""
+    arrays = {name: t.detach().numpy().copy() for name, t in tensors.items()}
+    expected = oracle(arrays)
+    assert output.shape == expected.shape
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=tolerance, atol=tolerance)
+    grad = np.random.default_rng(5).standard_normal(expected.shape)
+    found = torch.autograd.grad(output, list(tensors.values()), torch.from_numpy(np.asarray(grad)))
+    for (name, array), gradient in zip(arrays.items(), found, strict=True):
+        differences, step = np.zeros_like(array), 1e-5
+        for index in np.ndindex(array.shape):
+            value, sides = array[index], []
+            for moved in (value + step, value - step):
+                array[index] = moved
+                sides.append((oracle(arrays) * grad).sum())
+            array[index] = value
+            differences[index] = (sides[0] - sides[1]) / (2 * step)
+        scale = max(1.0, np.abs(differences).max(initial=0))
+        np.testing.assert_allclose(gradient.numpy(), differences, rtol=0, atol=slope * scale, err_msg=name)
+
+
+def _copies(model, make):
+    """The model through deepcopy, through pickle, and another one with its state_dict."""
+    other = make()
+    other.load_state_dict(model.state_dict())
+    return copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other.train(model.training)
+
+
+def _compiles(model, *batches):
+    """One graph for all batches, which gives what the module gives; in evaluation mode."""
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches:
+            torch.testing.assert_close(compiled(*batch), model(*batch))
+
+
 @pytest.fixture
 def plain():
-    return SimpleNamespace(experts=_experts, gates=_gates, mix=_mix, compare=_compare)
+    return SimpleNamespace(
+        experts=_experts, gates=_gates, mix=_mix, compare=_compare, numpy=_numpy, copies=_copies, compiles=_compiles
+    )
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from python_models import CGC, PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom, Towers
+from python_models import (
+    CGC,
+    MTAN,
+    PLE,
+    AdaTT,
+    CrossStitch,
+    MMoE,
+    MultiTaskModel,
+    SharedBottom,
+    Sluice,
+    SoftOrdering,
+    SoftSharing,
+    Towers,
+)
 
 FUSIONS = {
     "shared bottom": lambda **k: SharedBottom(6, 2, [5, 4], **k),
@@ -17,6 +30,13 @@ FUSIONS = {
     "adatt-sp": lambda **k: AdaTT(6, 2, 2, 0, [[5], [4]], **k),
     "adatt": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], [3], **k),
     "adatt per unit": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], single_expert="per_unit", **k),
+    "cross-stitch": lambda **k: CrossStitch(6, 2, [[5], [4]], **k),
+    "cross-stitch channels": lambda **k: CrossStitch(6, 2, [[5], [4]], channelwise=True, **k),
+    "sluice": lambda **k: Sluice(6, 2, [[4], [4]], **k),
+    "soft ordering": lambda **k: SoftOrdering(6, 2, 4, 2, **k),
+    "soft ordering, one encoder": lambda **k: SoftOrdering(6, 2, 4, 2, encoder="shared", **k),
+    "mtan": lambda **k: MTAN(6, 2, [5, 4], **{"norm": None, **k}),
+    "soft sharing": lambda **k: SoftSharing(6, 2, [5, 4], **k),
 }
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS.keys())
 
@@ -36,6 +56,7 @@ def test_every_parameter_gets_a_gradient(fusion, norm):
 
 
 def compare_compiled(fusion, backend):
+    torch.compiler.reset()  # every network here compiles the same forward anew, and there is a limit to that
     network, x = model(fusion), torch.randn(7, 6)
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     outputs, gradients = [], []
