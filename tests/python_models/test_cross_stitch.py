@@ -118,7 +118,7 @@ def test_mixing_parameters_are_the_stitches():
     assert names == ["stitches.0.weight", "stitches.1.weight"]
 
 
-@pytest.mark.parametrize("channelwise", [False, True])
+@pytest.mark.parametrize("channelwise", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_copies_and_compiles(plain, channelwise):
     def make():
         return CrossStitch(6, 3, [[5], [4]], channelwise=channelwise)

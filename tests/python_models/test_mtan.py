@@ -137,7 +137,7 @@ def test_the_trunk_is_plain_modules():
     assert found == [(1, 5, 6), (1, 5, 5), (1, 4, 5), (1, 4, 4)]
 
 
-@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param(None, marks=pytest.mark.slow)])
 def test_copies_and_compiles(plain, norm):
     def make():
         return MTAN(6, 3, [5, 4], norm=norm)

@@ -112,7 +112,7 @@ def test_the_ordering_keeps_its_precision():
     assert model.ordering().dtype == torch.float32 and model(torch.zeros(2, 6).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("encoder", ["task", "shared"])
+@pytest.mark.parametrize("encoder", ["shared", pytest.param("task", marks=pytest.mark.slow)])
 def test_copies_and_compiles(plain, encoder):
     def make():
         return SoftOrdering(6, 3, 4, 2, encoder=encoder)
