@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from numpy_layers import inputs, linear, mlp
 
 from python_models import MRN, MultiTaskModel, SharedBottom, Towers
-from python_models.mrn import FlipFlop, TensorNormal
+from python_models.mrn import FlipFlop
+from python_models.tensor_normal import TensorNormal
 
 ALL = ("task", "class", "feature")
 SHAPES = [(2, 3, 4), (3, 1, 5), (1, 2, 3), (4, 2, 1)]
