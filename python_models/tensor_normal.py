@@ -10,7 +10,7 @@ MODES = {"task": 0, "class": 1, "feature": 2}
 
 
 class TensorNormal(nn.Module):
-    """The prior of weights W [T,N,K], each mode with a covariance Sigma_k: ``prior(W)`` is its penalty (Long et al., 2017).
+    """The prior of weights W [T,N,K] (Long et al., NeurIPS 2017): ``prior(W)`` is its penalty, a scalar.
 
     ``R(W) = 1/2 (vec(W)^T (Sigma_1 x Sigma_2 x Sigma_3)^-1 vec(W) + sum_k D/D_k ln|Sigma_k|)``, the negative
     log-density without its constant. Its minimum over the Sigma_k is where :meth:`update` stands still. The buffers
