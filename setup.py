@@ -54,6 +54,7 @@ ISAS = {"generic": []}
 if sysconfig.get_platform() == "linux-x86_64":
     ISAS["avx2"] = "-mavx2 -mfma -mf16c".split()
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512".split()
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 
 def output(*command: str) -> str:

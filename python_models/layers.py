@@ -178,21 +178,18 @@ class Gates(nn.Module):
         return f"routes={self.routes}, packed={self.packed}"
 
 
-class RoutedMix(nn.Module):
-    """``mix`` along fixed routes: experts [B,E,D] with packed logits [B,R], static weights [R] or both -> [B,T,D].
+class FixedRoutes(nn.Module):
+    """Holds ``routes``, which move with the module and are not in its state_dict: the constructor says all about them.
 
-    Row t mixes all experts of ``units[t]``, in that order. The routes move with the module and are not in its
-    state_dict: the constructor's arguments say all about them.
+    Args:
+        routes: built on the CPU, for a module made on the meta device has no values to read them from.
+        device: where they serve.
     """
 
-    def __init__(
-        self, experts_per_unit: Sequence[int], units: Sequence[Sequence[int]], device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, routes: mtl.Routes, device: torch.device | str | None = None) -> None:
         super().__init__()
-        # Built on the CPU: a module made on the meta device has no values to read the routes from.
-        with torch.device("cpu"):
-            self._built = mtl.Routes.by_unit(experts_per_unit, units)
-        columns = torch.empty(self._built.columns.shape, dtype=torch.int32, device=device)
+        self._built = routes
+        columns = torch.empty(routes.columns.shape, dtype=torch.int32, device=device)
         self.register_buffer("columns", columns, persistent=False)
         self._place()
 
@@ -201,17 +198,31 @@ class RoutedMix(nn.Module):
         self.routes = copy.copy(self._built)
         self.routes.columns = self.columns
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "RoutedMix":
+    def _apply(self, fn: Callable, recurse: bool = True) -> "FixedRoutes":
         super()._apply(fn, recurse)
         # Not what fn made of the buffer: to_empty leaves no values in it.
         self._place()
         return self
 
-    def forward(self, experts: Tensor, logits: Tensor | None = None, static: Tensor | None = None) -> Tensor:
-        return mtl.mix(experts, logits, static, routes=self.routes)
-
     def extra_repr(self) -> str:
         return str(self._built)
+
+
+class RoutedMix(FixedRoutes):
+    """``mix`` along fixed routes: experts [B,E,D] with packed logits [B,R], static weights [R] or both -> [B,T,D].
+
+    Row t mixes all experts of ``units[t]``, in that order.
+    """
+
+    def __init__(
+        self, experts_per_unit: Sequence[int], units: Sequence[Sequence[int]], device: torch.device | str | None = None
+    ) -> None:
+        with torch.device("cpu"):
+            routes = mtl.Routes.by_unit(experts_per_unit, units)
+        super().__init__(routes, device)
+
+    def forward(self, experts: Tensor, logits: Tensor | None = None, static: Tensor | None = None) -> Tensor:
+        return mtl.mix(experts, logits, static, routes=self.routes)
 
 
 def check_levels(expert_dims: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -10,7 +10,7 @@ namespace mtl {
 
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -18,7 +18,7 @@ Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kGeneric;
@@ -31,13 +31,13 @@ std::atomic<Isa>& in_use() {
 
 // What runs, after a change to `name` unless that is empty; tests go through all that the processor has.
 std::string cpu_isa(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (name != kNames[i]) continue;
     STD_TORCH_CHECK(Isa(i) <= detect(), "this processor has no ", name);
     in_use() = Isa(i);
     return name;
   }
-  STD_TORCH_CHECK(name.empty(), "cpu_isa must be generic, avx2 or avx512; got ", name);
+  STD_TORCH_CHECK(name.empty(), "cpu_isa must be generic, avx2, avx512 or avx512bf16; got ", name);
   return kNames[int(isa())];
 }
 

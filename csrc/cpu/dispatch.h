@@ -3,7 +3,7 @@
 
 namespace mtl {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };  // each has all that the ones before it have
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };  // each has all that the ones before it have
 
 // The instruction set in use: the best one that this processor has, unless the op cpu_isa set another.
 Isa isa();
@@ -11,11 +11,12 @@ Isa isa();
 }  // namespace mtl
 
 #if defined(__x86_64__)
-#define MTL_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512)
-#define MTL_BEST_ISA(table)                            \
-  (::mtl::isa() == ::mtl::Isa::kAvx512 ? avx512::table \
-   : ::mtl::isa() == ::mtl::Isa::kAvx2 ? avx2::table   \
-                                       : generic::table)
+#define MTL_FOR_EACH_ISA(declare) declare(generic) declare(avx2) declare(avx512) declare(avx512bf16)
+#define MTL_BEST_ISA(table)                                    \
+  (::mtl::isa() == ::mtl::Isa::kAvx512Bf16 ? avx512bf16::table \
+   : ::mtl::isa() == ::mtl::Isa::kAvx512   ? avx512::table     \
+   : ::mtl::isa() == ::mtl::Isa::kAvx2     ? avx2::table       \
+                                           : generic::table)
 #else
 #define MTL_FOR_EACH_ISA(declare) declare(generic)
 #define MTL_BEST_ISA(table) (generic::table)

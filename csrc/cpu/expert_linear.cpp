@@ -18,6 +18,8 @@ Problem linear_problem(const Tensor& x, const Tensor& weight,
                   "weight must have x's dtype, or float32 where x is 16 bit");
   const bool is_double = x.scalar_type() == ScalarType::Double;
   p.packed_size = is_double ? sizeof(double) : sizeof(float);
+  p.pairs =
+      linear_kernels().pairs && x.scalar_type() == ScalarType::BFloat16 && weight.scalar_type() == x.scalar_type();
   p.tile_rows = linear_kernels().tile_rows;
   p.tile_cols = p.sums().tile_cols;
   std::vector<int64_t> counts;
@@ -72,11 +74,12 @@ void multiply(const Problem& p, const PackKernels& pack, const Operand& x, const
   const int64_t in_place = element == p.packed_size && cols <= p.tile_cols ? rows / p.tile_rows * p.tile_rows : 0;
   if (in_place) pack.multiply(x.data, x.stride, panels, in_place, cols, p.features, out);
   if (in_place == rows) return;
-  void* copy = scratch(1, round_up(rows - in_place, p.tile_rows) * p.features * p.packed_size);
+  const int64_t depth = p.depth(p.features);
+  void* copy = scratch(1, round_up(rows - in_place, p.tile_rows) * depth * p.packed_size);
   pack.rows(moved(x, in_place, 0, element), rows - in_place, p.features, copy);
   out.y = static_cast<char*>(out.y) + in_place * out.stride * element;
   if (out.z) out.z = static_cast<char*>(out.z) + in_place * out.stride * element;
-  pack.multiply(copy, p.features, panels, rows - in_place, cols, p.features, out);
+  pack.multiply(copy, depth, panels, rows - in_place, cols, depth, out);
 }
 
 using Counts = std::optional<std::vector<int64_t>>;
@@ -90,7 +93,8 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor
   STD_TORCH_CHECK(!bias_in || (bias_in->dim() == 2 && bias_in->size(0) == p.experts && bias_in->size(1) == p.outputs &&
                                bias_in->scalar_type() == weight.scalar_type()),
                   "bias must be [E,N] in weight's dtype");
-  const PackKernels &pack = pack_kernels(x.scalar_type(), "x"), &pack_w = pack_kernels(weight.scalar_type(), "weight");
+  const PackKernels &pack = p.pack(x, "x"), &pack_w = p.pack(weight, "weight");
+  const int64_t depth = p.depth(p.features);
   Tensor y = allocate({p.batch, p.experts, p.outputs}, x.scalar_type());
   char* z = nullptr;
   if (keep && needs_input(activation)) {
@@ -99,7 +103,7 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor
   }
   if (y.numel() == 0) return y;
 
-  const int64_t numbers = p.lay_out([&](const Unit& u) { return round_up(u.cols, p.tile_cols) * p.features; });
+  const int64_t numbers = p.lay_out([&](const Unit& u) { return round_up(u.cols, p.tile_cols) * depth; });
   const int64_t bias_numbers = p.columns() + int64_t(p.units.size()) * p.tile_cols;
   char* panels = static_cast<char*>(scratch(0, (numbers + bias_numbers) * p.packed_size));
   char* biases = panels + numbers * p.packed_size;
@@ -117,14 +121,31 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor
     }
   }
   const std::vector<Task> tasks = tasks_of(p);
+  const bool stream = y.numel() * int64_t(element) >= kStreamBytes;
+  // What this thread is likely to read next.
+  const auto ahead_of = [&](int64_t i) {
+    Ahead ahead;
+    const int64_t next = i + int64_t(torch::stable::get_num_threads());
+    if (next < int64_t(tasks.size())) {
+      const Operand rows = moved(input_of(x, *tasks[next].unit), tasks[next].row, 0, element);
+      add(ahead, rows.data, rows.stride * int64_t(element), tasks[next].rows, p.features * int64_t(element));
+    }
+    return ahead;
+  };
   run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
     const Unit& u = *t.unit;
     const int64_t offset = (t.row * p.columns() + u.first + t.col) * int64_t(element);
-    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset, z ? z + offset : nullptr,
-                     bias_in ? bias_at(u) + t.col * p.packed_size : nullptr, activation, p.columns()};
-    multiply(p, pack, moved(input_of(x, u), t.row, 0, element),
-             panels + (u.panels + t.col * p.features) * p.packed_size, t.rows, t.cols, out, element);
+    Ahead ahead = ahead_of(i);
+    const Output out{static_cast<char*>(y.mutable_data_ptr()) + offset,
+                     z ? z + offset : nullptr,
+                     bias_in ? bias_at(u) + t.col * p.packed_size : nullptr,
+                     activation,
+                     p.columns(),
+                     stream,
+                     &ahead};
+    multiply(p, pack, moved(input_of(x, u), t.row, 0, element), panels + (u.panels + t.col * depth) * p.packed_size,
+             t.rows, t.cols, out, element);
   });
   return y;
 }

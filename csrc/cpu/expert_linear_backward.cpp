@@ -33,6 +33,7 @@ struct Call {
   char *weight_sums, *bias_sums;
 
   size_t element() const { return x.element_size(); }
+  bool stream_dx() const { return x.numel() * int64_t(element()) >= kStreamBytes; }
   bool direct() const { return weight.element_size() == p.packed_size; }
   // The first slice's sums go straight to dweight where it has the packed type.
   char* sums_of(int64_t slice) const {
@@ -47,22 +48,22 @@ char* scratch_of(Slot slot, int64_t numbers, const Problem& p) {
 
 void pack_weight(Call& call) {
   Problem& p = call.p;
-  const PackKernels& pack = pack_kernels(call.weight.scalar_type(), "weight");
-  char* panels = scratch_of(kPanels, p.lay_out([&](const Unit& u) { return u.cols * call.padded; }), p);
+  const PackKernels& pack = p.pack(call.weight, "weight");
+  char* panels = scratch_of(kPanels, p.lay_out([&](const Unit& u) { return p.depth(u.cols) * call.padded; }), p);
   call.panels = panels;
   run_tasks(int64_t(p.units.size()), double(call.weight.numel()), [&](int64_t i) {
     const Unit& u = p.units[i];
     for (int64_t c = 0; c < u.cols; c += kColumns)
       pack.columns_wide(moved(weight_of(call.weight, p, u), c, 0, call.weight.element_size()),
                         std::min(kColumns, u.cols - c), p.features,
-                        panels + (u.panels + c * call.padded) * p.packed_size);
+                        panels + (u.panels + p.depth(c) * call.padded) * p.packed_size);
   });
 }
 
 // One unit, one slice of the batch.
 void walk(const Call& call, const Unit& u, int64_t slice) {
   const Problem& p = call.p;
-  const PackKernels& pack = pack_kernels(call.x.scalar_type(), "x");
+  const PackKernels& pack = p.pack(call.x, "x");
   const SumKernels& kernels = p.sums();
   const int64_t begin = p.batch * slice / call.slices, end = p.batch * (slice + 1) / call.slices;
   const int64_t columns = std::min(kColumns, u.cols), tiles = round_up(call.rows, p.tile_rows);
@@ -76,27 +77,46 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
   const Operand x = input_of(call.x, u);
   const bool dx_direct = call.element() == p.packed_size;
   const int64_t dx_stride = p.inputs * p.features;
+  const auto ahead_of = [&](int64_t r) {
+    Ahead ahead;
+    const int64_t n = std::min(call.rows, end - r), bytes = int64_t(call.element());
+    if (n <= 0) return ahead;
+    if (weight_sums) add(ahead, moved(x, r, 0, call.element()).data, x.stride * bytes, n, p.features * bytes);
+    const Operand dz = moved(call.dz, r, u.first, call.element());
+    if (dz.saved) add(ahead, dz.saved, dz.stride * bytes, n, u.cols * bytes);
+    add(ahead, dz.data, dz.stride * bytes, n, u.cols * bytes);
+    return ahead;
+  };
   for (int64_t r = begin; r < end; r += call.rows) {
     const int64_t n = std::min(call.rows, end - r);
+    Ahead ahead = ahead_of(r + call.rows);
     char* dx = call.dx ? call.dx + (r * dx_stride + u.input * p.features) * call.element() : nullptr;
-    char* dx_sums = !dx || dx_direct ? dx : scratch_of(kInputGradient, n * p.features, p);
+    // One product's dx need not be kept in sums.
+    const bool dx_rounded = !dx_direct && u.cols <= kColumns;
+    char* dx_sums = !dx || dx_direct || dx_rounded ? dx : scratch_of(kInputGradient, n * p.features, p);
     if (weight_sums) pack.columns_wide(moved(x, r, 0, call.element()), n, p.features, input);
     int64_t c = 0;
     do {  // once for a unit without columns too, whose dx is zero
       const int64_t cols = std::min(kColumns, u.cols - c);
       pack.rows(moved(call.dz, r, u.first + c, call.element()), n, cols, dz);
-      if (dx)
-        kernels.accumulate(dz, call.panels + (u.panels + c * call.padded) * p.packed_size, n, p.features, cols, dx_sums,
-                           dx_direct ? dx_stride : p.features, c > 0);
-      if (bias_sums) kernels.add_rows(dz, n, cols, bias_sums + c * p.packed_size);
+      const char* panels = call.panels + (u.panels + p.depth(c) * call.padded) * p.packed_size;
+      const bool stream = call.stream_dx() && u.cols <= kColumns;
+      Ahead* const meanwhile = weight_sums ? nullptr : &ahead;
+      if (dx && dx_rounded)
+        pack.multiply(dz, p.depth(cols), panels, n, p.features, p.depth(cols),
+                      {dx, nullptr, nullptr, Activation::kNone, dx_stride, stream, meanwhile});
+      else if (dx)
+        kernels.accumulate(dz, panels, n, p.features, p.depth(cols),
+                           {dx_sums, dx_direct ? dx_stride : p.features, c > 0, dx_direct && stream, meanwhile});
+      if (bias_sums) kernels.add_packed(dz, n, cols, bias_sums + c * p.packed_size);
       if (weight_sums) {
         kernels.turn(dz, n, cols, turned);
-        kernels.accumulate_turned(turned, input, cols, p.features, n, weight_sums + c * p.features * p.packed_size,
-                                  p.features, r > begin);
+        kernels.accumulate_turned(turned, input, cols, p.features, p.depth(n),
+                                  {weight_sums + c * p.features * p.packed_size, p.features, r > begin, false, &ahead});
       }
       c += kColumns;
     } while (c < u.cols);
-    for (int64_t i = 0; dx && !dx_direct && i < n; ++i)
+    for (int64_t i = 0; dx && dx_sums != dx && i < n; ++i)
       pack.narrow(dx_sums + i * p.features * p.packed_size, dx + i * dx_stride * call.element(), p.features);
   }
 }

@@ -188,8 +188,8 @@ class Backward {
         if (needs_.weight || needs_.bias) parameters(m, *p->run, part, rows, first);
         if (!needs_.x) continue;
         if (dx_of >= 0 && dx_of != input) put_dx(m, dx_of, share, b, rows);
-        call_.sum_kernels().accumulate(m.dz_rows, at(packed_, p->gradient), rows, call_.features, cols, m.dx,
-                                       call_.features, dx_of == input);
+        call_.sum_kernels().accumulate(m.dz_rows, at(packed_, p->gradient), rows, call_.features, cols,
+                                       {m.dx, call_.features, dx_of == input});
         dx_of = input;
       }
     }
@@ -231,7 +231,7 @@ class Backward {
     if (!needs_.weight) return;
     call_.sum_kernels().turn(m.dz_rows, rows, cols, m.dz_columns);
     char* dw = at(dweight_, (part * outputs + run.first * call_.width) * k);
-    call_.sum_kernels().accumulate_turned(m.dz_columns, m.x_columns, cols, k, rows, dw, k, !first);
+    call_.sum_kernels().accumulate_turned(m.dz_columns, m.x_columns, cols, k, rows, {dw, k, !first});
   }
 
   void put_dx(const Buffers& m, int64_t input, size_t share, int64_t b, int64_t rows) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/activation.h"
+#include "ahead.h"
 #include "dispatch.h"
 
 namespace mtl {
@@ -19,12 +20,16 @@ struct Operand {
 };
 
 // Where a product's rows go: y[r][c] = act(sum + bias[c]) rounded to y's type, and z the same before act, if given.
+// With `stream`, past the caches where the instruction set writes whole lines. `ahead`: what to fetch meanwhile, if
+// given.
 struct Output {
   void* y;
   void* z;
   const void* bias;  // packed type, padded to whole panels; may be null
   Activation activation;
   int64_t stride;
+  bool stream = false;
+  Ahead* ahead = nullptr;
 };
 
 // Packing and multiplying, for one storage type. A's operand is rows of numbers to sum, side by side; B's panels of
@@ -45,26 +50,42 @@ struct PackKernels {
 
 constexpr int64_t kPastEnd = 128;
 
+// Where a product is kept in the packed type: at[r][c], rows `stride` apart; with `add`, on top of what is there.
+// `stream` and `ahead` as in Output.
+struct Sums {
+  void* at;
+  int64_t stride;
+  bool add, stream = false;
+  Ahead* ahead = nullptr;
+};
+
 // The same for the packed type, float or double.
 struct SumKernels {
   int tile_cols;
-  // sums[r][c], `stride` apart, = product of rows a [rows][depth] and panels b; with `add`, on top of what is there.
-  void (*accumulate)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                     int64_t stride, bool add);
+  // The product of rows a [rows][depth] and panels b [depth][cols].
+  void (*accumulate)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums&);
   // The same for A from `turn`.
-  void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums,
-                            int64_t stride, bool add);
+  void (*accumulate_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums&);
   // A's operand whose rows are the columns of rows [depth][cols]. Reads and writes up to kPastEnd bytes past their
   // ends.
   void (*turn)(const void* rows, int64_t depth, int64_t cols, void* to);
-  // sums[c] += the sum of column c, row after row.
+  // sums[c] += the sum of column c, row after row; the rows are sums, or, in the second, as `rows` packed them.
   void (*add_rows)(const void* rows, int64_t n, int64_t cols, void* sums);
+  void (*add_packed)(const void* rows, int64_t n, int64_t cols, void* sums);
+};
+
+// bfloat16 packed in pairs along the depth, where the processor multiplies those: a pair is as large as a float, and
+// the depth of a packed operand counts pairs, the last one filled up with a zero.
+struct PairKernels {
+  PackKernels pack;
+  SumKernels sums;
 };
 
 struct LinearKernels {
   int tile_rows;
   PackKernels by_storage[4];
   SumKernels for_float, for_double;
+  const PairKernels* pairs;  // may be null
   const SumKernels& of_size(size_t packed) const { return packed == sizeof(double) ? for_double : for_float; }
 };
 

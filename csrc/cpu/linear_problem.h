@@ -22,12 +22,20 @@ struct Unit {
 
 struct Problem {
   int64_t batch, inputs, experts, outputs, features;  // B, U (1 for [B,K]), E, N, K
-  size_t packed_size;                                 // of one packed number
+  size_t packed_size;                                 // of one packed number, or pair
+  bool pairs;                                         // see PairKernels
   int64_t tile_rows, tile_cols;
   std::vector<Unit> units;
   int64_t columns() const { return experts * outputs; }
   double work() const { return double(batch) * columns() * features; }
-  const SumKernels& sums() const { return linear_kernels().of_size(packed_size); }
+  // Of n numbers along the depth: how many packed ones they are.
+  int64_t depth(int64_t n) const { return pairs ? (n + 1) / 2 : n; }
+  const SumKernels& sums() const {
+    return pairs ? linear_kernels().pairs->sums : linear_kernels().of_size(packed_size);
+  }
+  const PackKernels& pack(const Tensor& t, const char* argument) const {
+    return pairs ? linear_kernels().pairs->pack : pack_kernels(t.scalar_type(), argument);
+  }
   // Gives every unit room for `numbers_of` packed numbers; returns their total.
   template <class NumbersOf>
   int64_t lay_out(const NumbersOf& numbers_of) {

@@ -10,9 +10,6 @@ namespace {
 
 // Batch rows a task takes. Fixed, so that sums over the batch do not depend on the number of threads.
 constexpr int64_t kRows = 64;
-// Outputs of this size and more go past the caches: half of a common last-level cache.
-constexpr size_t kStreamBytes = size_t{16} << 20;
-
 using Native = std::optional<std::vector<int64_t>>;
 
 const MixKernels& kernels(const Tensor& experts) {
@@ -209,7 +206,7 @@ Tensor run_forward(Call& call, void* lse) {
   call.args.plan = &call.plan;
   const MixKernels& kernel = kernels(call.experts);
   Tensor out = allocate({call.batch, call.plan.rows, call.plan.width}, call.experts.scalar_type());
-  call.args.stream = out.numel() * out.element_size() >= kStreamBytes;
+  call.args.stream = out.numel() * int64_t(out.element_size()) >= kStreamBytes;
   call.args.out = out.mutable_data_ptr(), call.args.lse = lse;
   const size_t bytes = kernel.scratch_bytes(call.plan);
   run_tasks((call.batch + kRows - 1) / kRows, call.work(), [&](int64_t i) {
@@ -294,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
   Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
   call.args.grad = grad.const_data_ptr();
   call.args.grad_lse = with_lse ? dlse->const_data_ptr() : nullptr;
-  call.args.stream = dexperts.numel() * dexperts.element_size() >= kStreamBytes;
+  call.args.stream = dexperts.numel() * int64_t(dexperts.element_size()) >= kStreamBytes;
   call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
   call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;
   Tensor dstatic = sum_type(experts) == ScalarType::Double ? run_backward<double>(call, fixed, with_static, experts)

@@ -250,8 +250,8 @@ void parameter_gradients(const Problem& p, const Tensor& x, const Tensor& weight
         p.x.pack->columns_wide(from.from(r, j, 0, p.x.size), depth, p.features, b);
         for (int64_t i = t.first; i < t.last; ++i)
           if (p.uses[i * p.inputs + j])
-            kernels.accumulate_turned(a + (i - t.first) * panel, b, t.cols, p.features, depth, sums_of(i, j),
-                                      p.features, r > 0);
+            kernels.accumulate_turned(a + (i - t.first) * panel, b, t.cols, p.features, depth,
+                                      {sums_of(i, j), p.features, r > 0});
       }
     }
     for (int64_t i = t.first; i < t.last; ++i) {

@@ -251,7 +251,7 @@ void sum_lane(const Problem& q, const std::vector<Segment>& lane, const Operand&
         if (!with_s) continue;
         kernels.turn(dz_block, depth, m, a);
         char* s_rows = s + c * k * q.packed;
-        kernels.accumulate_turned(a, b, m, k, depth, s_rows, k, r > 0);
+        kernels.accumulate_turned(a, b, m, k, depth, {s_rows, k, r > 0});
         if (!last) continue;
         const int64_t at = (row + c) * k;
         q.star.gradients(

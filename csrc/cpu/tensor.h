@@ -25,6 +25,9 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor allocate_like(const Tensor& t);
 
+// Outputs of this size and more go past the caches: half of a common last-level cache.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
 // The tensor itself if it is contiguous, else a copy that is; without asking the dispatcher, which costs a microsecond.
 Tensor dense(const Tensor& t);
 // The same where only the last dimension need be dense.

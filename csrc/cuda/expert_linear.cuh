@@ -49,7 +49,7 @@ __device__ inline LinearPart linear_part(const LinearArgs& a) {
 }
 
 template <class S, LinearProduct PRODUCT>
-__device__ inline Operand<S> linear_left(const LinearArgs& a, const LinearPart& p) {
+__device__ inline Operand<S> linear_left(const LinearTensors& a, const LinearPart& p) {
   const int batch = static_cast<int>(a.batch), features = static_cast<int>(a.features);
   if constexpr (PRODUCT == LinearProduct::kForward) {
     const S* x = static_cast<const S*>(a.x) + p.unit * a.x_unit + p.row0 * a.x_row;
@@ -64,7 +64,7 @@ __device__ inline Operand<S> linear_left(const LinearArgs& a, const LinearPart& 
 }
 
 template <class S, LinearProduct PRODUCT>
-__device__ inline Operand<S> linear_right(const LinearArgs& a, const LinearPart& p, int depth) {
+__device__ inline Operand<S> linear_right(const LinearTensors& a, const LinearPart& p, int depth) {
   const int left = static_cast<int>(a.features) - p.column0;
   if constexpr (PRODUCT == LinearProduct::kWeight) {
     const int64_t row = p.slice * a.slice_rows;
@@ -160,7 +160,7 @@ __device__ inline void each_strip(float (&c)[TILE::kTilesM][TILE::kTilesN][4], B
 }
 
 template <class S, class TILE, LinearProduct PRODUCT>
-__device__ inline void linear_finish(const LinearArgs& a, const LinearPart& p,
+__device__ inline void linear_finish(const LinearTensors& a, const LinearPart& p,
                                      float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
   using Strip = float (&)[TILE::kTilesN][4];
   if constexpr (PRODUCT == LinearProduct::kForward) {
@@ -221,7 +221,7 @@ struct ColumnSums {
   }
 
   // Adds the threads' sums in order; uses shared memory that every thread is done with.
-  __device__ void store(const LinearArgs& a, const LinearPart& p, float* shared) const {
+  __device__ void store(const LinearTensors& a, const LinearPart& p, float* shared) const {
     const int column = threadIdx.x;
     shared[column] = sum;
     __syncthreads();  // every thread's sum is there

@@ -25,6 +25,8 @@ struct GemmTile {
 };
 using LargeTile = GemmTile<128, 128, 2, 4>;
 using SmallTile = GemmTile<64, 64, 2, 2>;
+// As large as registers allow where a thread keeps two sums for every number.
+using TallTile = GemmTile<128, 64, 4, 2>;
 
 template <class S, int SIZE, bool TRANS>
 struct Panel {
@@ -58,7 +60,7 @@ struct Operand {
 };
 
 // Takes one operand's panels to shared memory. A thread moves the same kEach chunks of every panel. What does not go by
-// the hardware's copies passes through a thread's registers, a chunk in each part of the step, so that few are held.
+// the hardware's copies passes through a thread's registers, at most a chunk a part of the step, so that few are held.
 template <class S, class PANEL, int THREADS>
 struct PanelLoader {
   static constexpr int kVec = PANEL::kVec, kEach = PANEL::kRows * PANEL::kChunks / THREADS;
@@ -66,7 +68,7 @@ struct PanelLoader {
   struct Fetched {
     Chunk data, saved;
   };
-  static_assert(kEach == kGemmParts);
+  static_assert(kEach >= 1 && kEach <= kGemmParts);
 
   Operand<S> from;
   bool aligned;  // every row starts at a multiple of 16 bytes

@@ -139,8 +139,9 @@ OPERATOR = Operator(
     gradients=_gradients,
     reference=_reference,
     predicates={
-        "native": _backend.native_support("snr_linear", on_gpu=False),
+        # First on a GPU, until one has measured the two; auto never takes it on a CPU.
         "triton": _backend.triton_support,
+        "native": _backend.native_support("snr_linear", on_gpu=True),
         "reference": _backend.reference_support,
     },
     autocast=True,

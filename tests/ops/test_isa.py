@@ -7,7 +7,7 @@ from mtlkernels import _library
 
 from .cases import DTYPES, LINEAR, ODD_MIX, agree, expected, native_only, outcome, over
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 pytestmark = native_only
 
@@ -42,5 +42,5 @@ def test_mix(case, isa):
 
 
 def test_unknown():
-    with pytest.raises(RuntimeError, match="generic, avx2 or avx512; got sse"):
+    with pytest.raises(RuntimeError, match="generic, avx2, avx512 or avx512bf16; got sse"):
         torch.ops.mtlkernels.cpu_isa("sse")

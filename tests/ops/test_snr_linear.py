@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels import backend as _backend
 
 from .cases import (
     GRAD_LAYOUTS,
@@ -368,6 +369,18 @@ def test_explain_and_meta():
     out = mtl.snr_linear(*leaves, skip_closed=True)
     out.sum().backward()
     assert out.is_meta and out.shape == Y.shape and all(t.grad.shape == t.shape for t in leaves)
+
+
+@native_only
+def test_explain_on_a_gpu():
+    """Both libraries of kernels serve a GPU; Triton's is tried first."""
+    predicates = _backend._predicates["snr_linear"]
+    assert list(predicates) == ["triton", "native", "reference"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ok, reason = predicates["native"](_backend.Case("cuda", dtype, 90))
+        assert reason == ("CUDA C++ kernel" if ok else "the library was built without nvcc")
+    assert not predicates["native"](_backend.Case("cuda", torch.float64, 90)).ok
+    assert mtl.explain("snr_linear", X, W, G).startswith("snr_linear on cpu, float32: native")
 
 
 @pytest.mark.slow

@@ -90,9 +90,10 @@ def _copies(model, make):
 
 def _compiles(model, *batches):
     """One graph for all batches, which gives what the module gives; in evaluation mode."""
+    torch._dynamo.reset()
     model.eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
         for batch in batches:
             torch.testing.assert_close(compiled(*batch), model(*batch))
 

@@ -126,7 +126,6 @@ def test_copies_and_compiles(plain, channelwise):
     model, x = make(), torch.randn(7, 6)
     for twin in plain.copies(model, make):
         assert torch.equal(twin(x), model(x))
-    torch.compiler.reset()
     plain.compiles(model, (x,), (torch.randn(5, 6),), (torch.randn(12, 6),))
 
 

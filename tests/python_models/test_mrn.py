@@ -256,7 +256,6 @@ def test_copies_and_compiles(plain):
     model.update_covariances()
     for twin in plain.copies(model, make):
         assert torch.equal(twin(x), model(x)) and torch.equal(twin.penalty(), model.penalty())
-    torch.compiler.reset()
     plain.compiles(model, (x,), (torch.randn(5, 6),), (torch.randn(12, 6),))
     found = torch.compile(model.penalty, fullgraph=True, backend="aot_eager")()
     torch.testing.assert_close(found, model.penalty())

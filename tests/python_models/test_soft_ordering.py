@@ -120,7 +120,6 @@ def test_copies_and_compiles(plain, encoder):
     model, x = build(dict(num_tasks=3, width=4, num_modules=2, encoder=encoder), torch.float32), torch.randn(7, 6)
     for twin in plain.copies(model, make):
         assert torch.equal(twin(x), model(x))
-    torch.compiler.reset()
     plain.compiles(model, (x,), (torch.randn(5, 6),), (torch.randn(12, 6),))
 
 

@@ -1,6 +1,7 @@
 // The packing and multiplying kernels of expert_linear, for one instruction set.
 #include "../linear_kernels.h"
 #include "gemm.h"
+#include "pairs.h"
 
 namespace mtl::MTL_ISA {
 
@@ -47,14 +48,30 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   if (std::is_same_v<S, C> && cols == width && plain && !z) {
     // The usual case in registers: 11 % of a 4096 x 512 x 256 product went into the general one below.
     using V = Vector<C>;
+    const bool past = out.stream && whole_line(y, out.stride);
     const V b0 = bias ? load(bias) : V{}, b1 = bias ? load(bias + lanes) : V{};
     for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
       V v0 = load(tile) + b0, v1 = load(tile + lanes) + b1;
       if (relu) v0 = v0 <= C{0} ? V{} : v0, v1 = v1 <= C{0} ? V{} : v1;
-      store(reinterpret_cast<C*>(y), v0), store(reinterpret_cast<C*>(y) + lanes, v1);
+      store(reinterpret_cast<C*>(y), v0, past), store(reinterpret_cast<C*>(y) + lanes, v1, past);
     }
     return;
   }
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (cols == width && plain && !z) {
+      const bool past = out.stream && whole_line(y, out.stride);
+      const Vector<C> b0 = bias ? load(bias) : Vector<C>{}, b1 = bias ? load(bias + lanes) : Vector<C>{};
+      for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
+        Vector<C> v0 = load(tile) + b0, v1 = load(tile + lanes) + b1;
+        if (relu) v0 = v0 <= C{0} ? Vector<C>{} : v0, v1 = v1 <= C{0} ? Vector<C>{} : v1;
+        const auto rounded = (Vector<C>)_mm512_cvtne2ps_pbh((__m512)v1, (__m512)v0);
+        store(reinterpret_cast<C*>(y), rounded, past);
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t i = 0; i < rows; ++i, tile += width, y += out.stride) {
     if (bias)
       for (int j = 0; j < width; ++j) tile[j] += bias[j];
@@ -70,44 +87,60 @@ inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t col
   }
 }
 
-template <class S>
+// Spreads what is to be fetched over the tiles of a product.
+template <class C>
+void spread_over(Ahead* ahead, int64_t rows, int64_t cols) {
+  constexpr int width = kTileCols<C>;
+  if (ahead) spread(*ahead, (cols + width - 1) / width * ((rows + kTileRows - 1) / kTileRows));
+}
+
+template <class S, class P = SumOf<S>>
 void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
               const Output& out) {
-  using C = SumOf<S>;
+  using C = typename Packed<P>::Sum;
   constexpr int width = kTileCols<C>;
   alignas(kVectorBytes) C tile[kTileRows * width];
+  spread_over<C>(out.ahead, rows, cols);
   // One panel of B stays in L1 while the rows of A stream past it from L2.
   for (int64_t c = 0; c < cols; c += width) {
-    const C* bp = static_cast<const C*>(b) + c * depth;
+    const P* bp = static_cast<const P*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      multiply_tile<Layout::kRows>(depth, static_cast<const C*>(a) + r * a_stride, a_stride, bp, tile, width, false);
+      if (out.ahead) ask(*out.ahead);
+      multiply_tile<Layout::kRows>(depth, static_cast<const P*>(a) + r * a_stride, a_stride, bp, tile, width, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
   }
+  if (out.stream) streamed();
 }
 
-template <Layout layout, class C>
-void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, void* sums, int64_t stride,
-                bool add) {
+template <Layout layout, class P>
+void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums& sums) {
+  using C = typename Packed<P>::Sum;
   constexpr int width = kTileCols<C>;
+  const int64_t stride = sums.stride;
+  const bool past = sums.stream && !sums.add && whole_line(static_cast<C*>(sums.at), stride);
   alignas(kVectorBytes) C tile[kTileRows * width];
+  spread_over<C>(sums.ahead, rows, cols);
   for (int64_t c = 0; c < cols; c += width) {
-    const C* bp = static_cast<const C*>(b) + c * depth;
+    const P* bp = static_cast<const P*>(b) + c * depth;
     const int64_t m = std::min<int64_t>(width, cols - c);
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      C* to = static_cast<C*>(sums) + r * stride + c;
-      const C* ap = static_cast<const C*>(a) + r * depth;  // rows and panels alike
+      C* to = static_cast<C*>(sums.at) + r * stride + c;
+      const P* ap = static_cast<const P*>(a) + r * depth;  // rows and panels alike
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
-      for (int64_t i = n; i < std::min<int64_t>(n + kTileRows, rows - r); ++i) __builtin_prefetch(to + i * stride, 1);
+      if (sums.ahead) ask(*sums.ahead);
+      for (int64_t i = n; !past && i < std::min<int64_t>(n + kTileRows, rows - r); ++i)
+        __builtin_prefetch(to + i * stride, 1);
       if (n == kTileRows && m == width) {
-        multiply_tile<layout>(depth, ap, depth, bp, to, stride, add);
+        multiply_tile<layout>(depth, ap, depth, bp, to, stride, sums.add, past);
         continue;
       }
-      for (int64_t i = 0; add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
-      multiply_tile<layout>(depth, ap, depth, bp, tile, width, add);
+      for (int64_t i = 0; sums.add && i < n; ++i) std::copy_n(to + i * stride, m, tile + i * width);
+      multiply_tile<layout>(depth, ap, depth, bp, tile, width, sums.add);
       for (int64_t i = 0; i < n; ++i) std::copy_n(tile + i * width, m, to + i * stride);
     }
   }
+  if (past) streamed();
 }
 
 template <class C>
@@ -130,8 +163,18 @@ constexpr PackKernels pack_kernels() {
 
 template <class C>
 constexpr SumKernels sum_kernels() {
-  return {kTileCols<C>, accumulate<Layout::kRows, C>, accumulate<Layout::kPanel, C>, turn<C>, add_rows<C>};
+  return {kTileCols<C>, accumulate<Layout::kRows, C>, accumulate<Layout::kPanel, C>, turn<C>, add_rows<C>, add_rows<C>};
 }
+
+#if defined(__AVX512BF16__)
+constexpr PairKernels pair_kernels = {
+    {pair_rows, pair_rows_wide, pair_columns_wide, widen_row<BFloat16>, narrow_row<BFloat16>, multiply<BFloat16, Pair>},
+    {kTileCols<float>, accumulate<Layout::kRows, Pair>, accumulate<Layout::kPanel, Pair>, turn_pairs, add_rows<float>,
+     add_pairs}};
+constexpr const PairKernels* pairs = &pair_kernels;
+#else
+constexpr const PairKernels* pairs = nullptr;
+#endif
 
 }  // namespace
 
@@ -140,6 +183,7 @@ extern const LinearKernels linear_kernels = {
     {pack_kernels<double>(), pack_kernels<float>(), pack_kernels<BFloat16>(), pack_kernels<Half>()},
     sum_kernels<float>(),
     sum_kernels<double>(),
+    pairs,
 };
 
 }  // namespace mtl::MTL_ISA

@@ -16,9 +16,38 @@ namespace mtl::MTL_ISA {
 // elements of one depth do. Rows cost nothing to make, since they are only copied.
 enum class Layout { kRows, kPanel };
 
-// tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds.
-template <Layout layout, class C>
-inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* b, C* tile, int64_t stride, bool add) {
+// What a product's operands are packed in, and one step of the depth: numbers of the type of sums, or pairs.
+template <class P>
+struct Packed {
+  using Sum = P;
+  using Wide = Vector<P>;
+  static Wide wide(const P* b) { return load(b); }
+  static void step(Vector<P>& sum, P a, Wide b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 that follow each other along the depth: the processor multiplies and adds both at once, in float.
+struct Pair {
+  uint16_t first, second;
+};
+
+template <>
+struct Packed<Pair> {
+  using Sum = float;
+  using Wide = __m512bh;
+  static Wide wide(const Pair* b) { return (__m512bh)_mm512_loadu_si512(b); }
+  static void step(Vector<float>& sum, Pair a, Wide b) {
+    const auto both = (__m512bh)_mm512_set1_epi32(__builtin_bit_cast(int32_t, a));
+    sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, both, b);
+  }
+};
+#endif
+
+// tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds;
+// with `past`, past the caches: the tile's rows are whole lines.
+template <Layout layout, class P, class C = typename Packed<P>::Sum>
+inline void multiply_tile(int64_t depth, const P* a, int64_t a_stride, const P* b, C* tile, int64_t stride, bool add,
+                          bool past = false) {
   using V = Vector<C>;
   constexpr int lanes = kLanes<C>, cols = kTileCols<C>;
   V sum[kTileRows][2];
@@ -28,20 +57,20 @@ inline void multiply_tile(int64_t depth, const C* a, int64_t a_stride, const C* 
     sum[i][1] = add ? load(tile + i * stride + lanes) : V{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const V b0 = load(b), b1 = load(b + lanes);
+    const auto b0 = Packed<P>::wide(b), b1 = Packed<P>::wide(b + lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
-      const C from_a = layout == Layout::kRows ? a[i * a_stride] : a[i];
-      sum[i][0] += from_a * b0;
-      sum[i][1] += from_a * b1;
+      const P from_a = layout == Layout::kRows ? a[i * a_stride] : a[i];
+      Packed<P>::step(sum[i][0], from_a, b0);
+      Packed<P>::step(sum[i][1], from_a, b1);
     }
     a += layout == Layout::kRows ? 1 : kTileRows;
     b += cols;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    store(tile + i * stride, sum[i][0]);
-    store(tile + i * stride + lanes, sum[i][1]);
+    store(tile + i * stride, sum[i][0], past);
+    store(tile + i * stride + lanes, sum[i][1], past);
   }
 }
 
