@@ -128,6 +128,9 @@ class ExpertMLP(nn.Module):
         TypeError, ValueError: at construction, naming the argument.
     """
 
+    # Of every layer; a subclass names its own to draw other weights.
+    linear_type: type[ExpertLinear] = ExpertLinear
+
     def __init__(
         self,
         num_experts: int,
@@ -162,7 +165,7 @@ class ExpertMLP(nn.Module):
         layers = zip(widths_in, dims, self.activations, kinds, biases, strict=True)
         for k, (width_in, width, act, kind, has_bias) in enumerate(layers):
             self.linears.append(
-                ExpertLinear(
+                self.linear_type(
                     num_experts,
                     width_in,
                     width,

@@ -164,7 +164,9 @@ def own_block(k, dims):
     return torch.nn.Sequential(torch.nn.Linear(k, dims[-1]), torch.nn.Tanh())
 
 
-@pytest.mark.parametrize("options", [{}, dict(norm="batch", dropout=0.5), dict(expert=own_block)], ids=["plain", "norm", "own"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(norm="batch", dropout=0.5), dict(expert=own_block)], ids=["plain", "norm", "own"]
+)
 def test_serving(options):
     model = served_case(**options)
     for _ in range(3):

@@ -8,15 +8,20 @@ from torch import nn
 
 from python_models import (
     CGC,
+    MTAN,
     PLE,
     AdaShare,
     AdaTT,
     BranchedMTL,
+    CrossStitch,
     MMoE,
     MultiTaskModel,
     SharedBottom,
+    Sluice,
     SNRAver,
     SNRTrans,
+    SoftOrdering,
+    SoftSharing,
     Towers,
 )
 
@@ -33,6 +38,13 @@ FUSIONS = {
     "snr-aver": lambda **k: SNRAver(6, 2, [3, 2], [[5], [4]], **k),
     "branched": lambda **k: BranchedMTL(6, 2, [[5], [4]], [[[0, 1]], [[0], [1]]], **k),
     "adashare's result": lambda **k: AdaShare(6, 2, [[5], [4]], **k).for_serving([[True, True], [False, True]]).train(),
+    "cross-stitch": lambda **k: CrossStitch(6, 2, [[5], [4]], **k),
+    "cross-stitch channels": lambda **k: CrossStitch(6, 2, [[5], [4]], channelwise=True, **k),
+    "sluice": lambda **k: Sluice(6, 2, [[4], [4]], **k),
+    "soft ordering": lambda **k: SoftOrdering(6, 2, 4, 2, **k),
+    "soft ordering, one encoder": lambda **k: SoftOrdering(6, 2, 4, 2, encoder="shared", **k),
+    "mtan": lambda **k: MTAN(6, 2, [5, 4], **{"norm": None, **k}),
+    "soft sharing": lambda **k: SoftSharing(6, 2, [5, 4], **k),
 }
 every_fusion = pytest.mark.parametrize("fusion", FUSIONS.values(), ids=FUSIONS.keys())
 
