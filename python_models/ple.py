@@ -113,6 +113,7 @@ class CGCLevel(nn.Module):
         build: Blocks,
     ) -> None:
         super().__init__()
+        self.experts_per_unit = list(experts_per_unit)
         units = range(len(experts_per_unit))
         reads = [(u, *units[num_tasks:]) if u < num_tasks else tuple(units) for u in range(rows)]
         routes = [sum(experts_per_unit[u] for u in row) for row in reads]
