@@ -73,15 +73,15 @@ class Walk:
 
     def fusion(self) -> Iterator[Site]:
         tasks = self.network.num_tasks
-        for l, level in enumerate(self.levels):  # noqa: E741
+        for number, level in enumerate(self.levels):
             e = 0
             for u, n in enumerate(level.units):
                 for i in range(n):
-                    key = self._of("expert", u, tasks).format(l=l, u=u, e=e, i=i)
+                    key = self._of("expert", u, tasks).format(l=number, u=u, e=e, i=i)
                     yield from self.mlp(level.experts, e, key)
                     e += 1
             if level.gates is not None:
-                yield from self._gates(level.gates, l, tasks)
+                yield from self._gates(level.gates, number, tasks)
         if self.layout.static:
             yield from self._static()
 
@@ -116,7 +116,7 @@ class Walk:
             raise ValueError(f"this layout has no {kind} norm at {key!r}; the network has one")
         return Site(views, keys, kind, norms, self.layout.norm_bias)
 
-    def _gates(self, gates: nn.Module, l: int, tasks: int) -> Iterator[Site]:  # noqa: E741
+    def _gates(self, gates: nn.Module, number: int, tasks: int) -> Iterator[Site]:
         hidden, begin = gates.hidden, 0
         if gates.custom is not None:
             raise TypeError("the network has modules of its own (expert=, gate= or tower=), which no layout knows")
@@ -127,17 +127,17 @@ class Walk:
             if hidden is not None:
                 if at is None:
                     raise ValueError("this layout has linear gates; the network has gate_dims")
-                yield from self.mlp(hidden, u, at.format(l=l, u=u))
+                yield from self.mlp(hidden, u, at.format(l=number, u=u))
             norm = self._of("gate_norm", u, tasks)
             rows, begin = slice(begin, begin + n), begin + n
-            key = self._of("gate", u, tasks).format(l=l, u=u)
-            norm = norm and norm.format(l=l, u=u)
+            key = self._of("gate", u, tasks).format(l=number, u=u)
+            norm = norm and norm.format(l=number, u=u)
             yield self._site(gates.logits, gates.norm, rows, key, norm, bias=self.layout.gate_bias)
 
     def _static(self) -> Iterator[Site]:
         """v of AdaTT, where it is learned."""
         by_level, parts = "{l}" in self.layout.static, {}
-        for l, level in enumerate(self.levels):  # noqa: E741
+        for number, level in enumerate(self.levels):
             adatt = level.adatt
             expected = any(n != 1 for n in level.units)
             if adatt.residual and any(learned != expected for _, learned in adatt.weights):
@@ -147,9 +147,9 @@ class Walk:
             sizes = level.units[: adatt.rows]
             if by_level:
                 if len(set(sizes)) > 1:
-                    raise ValueError(f"this layout takes equal task_experts; got {sizes} at level {l}")
+                    raise ValueError(f"this layout takes equal task_experts; got {sizes} at level {number}")
                 view = adatt.native.detach().view(len(sizes), -1)
-                yield Site({"static": view}, {"static": self.layout.static.format(l=l)})
+                yield Site({"static": view}, {"static": self.layout.static.format(l=number)})
                 continue
             for u, view in enumerate(adatt.native.detach().split(sizes)):
                 parts.setdefault(u, []).append(view)
