@@ -36,7 +36,7 @@ def test_every_parameter_gets_a_gradient(fusion, norm):
 
 
 def compare_compiled(fusion, backend):
-    torch.compiler.reset()  # a process compiles one function for no more than 8 networks
+    torch.compiler.reset()  # every network here compiles the same forward anew, and there is a limit to that
     network, x = model(fusion), torch.randn(7, 6)
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     outputs, gradients = [], []
