@@ -101,7 +101,10 @@ class Walk:
 
     def _site(self, linear, norm, rows: slice, key: str, norm_key: str | None, e: int = 0, bias: bool = True) -> Site:
         """Rows of a bank of linear layers and its norm; `bias`: whether theirs has one."""
-        views = {"weight": linear.weight.detach().flatten(0, 1)[rows], **_rows(linear, rows, e, ("bias",))}
+        weight = linear.weight.detach()
+        # view, not flatten, which may copy: what is read goes into the views.
+        views = {"weight": weight.view(-1, *weight.shape[2:])[rows] if weight.numel() else weight.flatten(0, 1)[rows]}
+        views |= _rows(linear, rows, e, ("bias",))
         keys = {"weight": f"{key}.weight"}
         kind = getattr(norm, "kind", "batch" if isinstance(norm, nn.BatchNorm1d) else None)
         if kind is not None:
@@ -183,5 +186,5 @@ def _rows(module: nn.Module, rows: slice, e: int, names: Sequence[str] = ()) -> 
         if held.get(name) is not None:
             tensor = held[name].detach()
             counter = name == "num_batches_tracked"
-            views[name] = (tensor.view(-1)[e] if counter else tensor.flatten()[rows]) if tensor.dim() else tensor
+            views[name] = tensor.view(-1)[e if counter else rows] if tensor.dim() else tensor
     return views

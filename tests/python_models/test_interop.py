@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtlkernels.nn import Towers
+from mtlkernels.nn import ExpertMLP, Towers
 from python_models import PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom
 from python_models.interop import LAYOUTS, export_state, import_state
 
@@ -301,6 +301,19 @@ def test_prefix_and_towers_left():
     assert import_state(us, bare | {"task_modules.0.1.bias": torch.ones(1)}, "adatt.att_sp") == [
         "task_modules.0.1.bias"
     ]
+
+
+def test_experts_alone_need_no_layout():
+    experts = peers.Fusion("att_sp", 6, [[5, 4]], [2, 2]).experts[0]
+    x = torch.randn(9, 6)
+    close(ExpertMLP.from_modules(experts)(x), torch.stack([expert(x) for expert in experts], 1))
+
+
+def test_experts_of_torch_rechub_need_no_layout():
+    theirs, *_ = rechub("MMOE", {"n_expert": 3, "expert_params": EXPERT})
+    x = torch.randn(9, 6)
+    bank = ExpertMLP.from_modules(random_norms(theirs).experts)
+    close(bank(x), torch.stack([expert(x) for expert in theirs.experts], 1))
 
 
 def damaged(change):
