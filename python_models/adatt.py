@@ -5,12 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mtlkernels as mtl
 from mtlkernels.arguments import count
 
-from .layers import Blocks, check_input, check_levels, check_per_level, check_task_experts, plan_units
+from .layers import (
+    Blocks,
+    check_input,
+    check_levels,
+    check_per_level,
+    check_task_experts,
+    gate_weights,
+    plan_units,
+    run_levels,
+)
 
 
 class AdaTT(nn.Module):
@@ -34,6 +44,8 @@ class AdaTT(nn.Module):
         **blocks: activation, dropout, norm and the rest of :class:`python_models.layers.Blocks`.
 
     x may be per unit, [B,U,K]: the tasks' inputs, then the shared unit's where there are shared experts.
+    ``return_gates=True`` gives ``(y, gates)``: each level's gate weights, the softmax alone, [B,rows,E], of the tasks
+    and, below the last level, the shared unit. :meth:`AdaTTLevel.residual_weights` has v in the same form.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction, or for an x of another shape.
@@ -71,11 +83,9 @@ class AdaTT(nn.Module):
             for width, dims, (units, rows) in zip(widths, levels, plan, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         check_input(x, self.num_units, self.in_features)
-        for level in self.levels:
-            x = level(x)
-        return x
+        return run_levels(self.levels, x, return_gates)
 
 
 class AdaTTLevel(nn.Module):
@@ -128,8 +138,20 @@ class AdaTTLevel(nn.Module):
         one = experts.new_ones(1) if self.native is None else self.native.new_ones(1)
         return torch.cat([next(learned) if kept else one for _, kept in self.weights])
 
-    def forward(self, x: Tensor) -> Tensor:
-        experts, logits = self.experts(x), self.gates(x)
+    def residual_weights(self) -> Tensor:
+        """v as the mix adds it to the gates: [rows,E], 0 for other units' experts, and throughout without residual."""
+        counts, like = self.experts_per_unit[: self.rows], next(self.parameters())
         if not self.residual:
-            return mtl.gated_mix(experts, logits)
-        return mtl.adatt_mix(experts, logits, self._static(experts), experts_per_unit=self.experts_per_unit)
+            return like.new_zeros(self.rows, sum(self.experts_per_unit))
+        v = self._static(like)
+        parts = (like.new_ones(sum(counts)) if v is None else v).split(counts)
+        own = torch.block_diag(*(part.unsqueeze(0) for part in parts))
+        return F.pad(own, (0, sum(self.experts_per_unit) - sum(counts)))
+
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        experts, logits = self.experts(x), self.gates(x)
+        if self.residual:
+            out = mtl.adatt_mix(experts, logits, self._static(experts), experts_per_unit=self.experts_per_unit)
+        else:
+            out = mtl.gated_mix(experts, logits)
+        return (out, gate_weights(logits)) if return_gates else out

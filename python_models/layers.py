@@ -314,3 +314,25 @@ def check_input(x: Tensor, units: int, in_features: int) -> None:
     shape = tuple(x.shape)
     if shape[1:] != (in_features,) and shape[1:] != (units, in_features):
         raise ValueError(f"x must be [B,{in_features}] or [B,{units},{in_features}] (per unit); got {shape}")
+
+
+def gate_weights(logits: Tensor, routes: mtl.Routes | None = None) -> Tensor:
+    """The weights a gate gives every expert, [B,T,E] in float32 (float64 for float64), 0 where it has no route.
+
+    logits are as the mix takes them: [B,T,E], or packed [B,R] with routes.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if routes is not None:
+        logits = logits[:, routes.columns.clamp(min=0)].masked_fill(routes.columns < 0, -torch.inf)
+    return logits.softmax(-1)
+
+
+def run_levels(levels: nn.ModuleList, x: Tensor, return_gates: bool) -> Tensor | tuple[Tensor, list[Tensor]]:
+    """x through all levels; with return_gates also the gate weights of each."""
+    gates = []
+    for level in levels:
+        x = level(x, return_gates=return_gates)
+        if return_gates:
+            x, weights = x
+            gates.append(weights)
+    return (x, gates) if return_gates else x

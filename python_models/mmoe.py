@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import mtlkernels as mtl
 from mtlkernels.arguments import count
 
-from .layers import Blocks, check_input, check_levels, check_per_level
+from .layers import Blocks, check_input, check_levels, check_per_level, gate_weights
 
 
 class MMoE(nn.Module):
@@ -28,6 +28,8 @@ class MMoE(nn.Module):
         **blocks: activation, dropout, norm and the rest of :class:`python_models.layers.Blocks`.
 
     An x [B,T+1,K] gives every task's gate its own input; the experts, and the gates that no task owns, read the last.
+    ``return_gates=True`` gives ``(y, gates)``: each level's gate weights, [B,rows,E], a row for each expert of the next
+    level, and for each task at the last.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction, or for an x of another shape.
@@ -58,14 +60,20 @@ class MMoE(nn.Module):
             self.gates.append(build.gates(in_features, [experts[i]] * rows))
             width = dims[-1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         check_input(x, self.num_tasks + 1, self.in_features)
         shared = tasks = x
         if x.dim() == 3:
             tasks, shared = x.split((self.num_tasks, 1), 1)
             shared = shared.squeeze(1)
             tasks = shared if self.omoe else tasks
-        last, h = len(self.experts) - 1, shared
+        last, h, weights = len(self.experts) - 1, shared, []
         for i, (experts, gates) in enumerate(zip(self.experts, self.gates, strict=True)):
-            h = mtl.gated_mix(experts(h), gates(tasks if i == last else shared))
-        return h.expand(-1, self.num_tasks, -1) if self.omoe else h
+            logits = gates(tasks if i == last else shared)
+            h = mtl.gated_mix(experts(h), logits)
+            if return_gates:
+                weights.append(gate_weights(logits))
+        if self.omoe:
+            h = h.expand(-1, self.num_tasks, -1)
+            weights[-1:] = [w.expand(-1, self.num_tasks, -1) for w in weights[-1:]]
+        return (h, weights) if return_gates else h

@@ -1,5 +1,7 @@
 """A fusion network and its towers as one model."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mtlkernels.nn import Towers
@@ -13,6 +15,9 @@ class MultiTaskModel(nn.Module):
     Args:
         fusion: [B,K] -> [B,T,D], any network of this package.
         towers: [B,T,D] -> outputs, as :class:`mtlkernels.nn.Towers`.
+
+    ``return_gates=True`` gives ``(outputs, gates)``, where fusion has gates: a list of [B,rows,E], one a level. They
+    come from the same pass and carry gradients, for a loss on them.
 
     Raises:
         TypeError: fusion or towers is not a module.
@@ -30,5 +35,8 @@ class MultiTaskModel(nn.Module):
                 raise ValueError(f"towers has {read}={b}, fusion has {given}={a}: they must agree")
         self.fusion, self.towers = fusion, towers
 
-    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        return self.towers(self.fusion(x))
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Any:
+        if not return_gates:
+            return self.towers(self.fusion(x))
+        h, gates = self.fusion(x, return_gates=True)
+        return self.towers(h), gates

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 import mtlkernels as mtl
 from mtlkernels.arguments import count
 
-from .layers import Blocks, RoutedMix, check_input, check_levels, check_per_level, check_task_experts, plan_units
+from .layers import (
+    Blocks,
+    RoutedMix,
+    check_input,
+    check_levels,
+    check_per_level,
+    check_task_experts,
+    gate_weights,
+    plan_units,
+    run_levels,
+)
 
 
 class PLE(nn.Module):
@@ -28,6 +38,8 @@ class PLE(nn.Module):
         **blocks: activation, dropout, norm and the rest of :class:`python_models.layers.Blocks`.
 
     x may be per unit, [B,U,K]: the tasks' inputs, then the shared unit's where there are shared experts.
+    ``return_gates=True`` gives ``(y, gates)``: each level's gate weights, [B,rows,E], of the tasks and, below the last
+    level, the shared unit; 0 for experts that a row does not read.
 
     Raises:
         TypeError, ValueError: naming the argument, at construction, or for an x of another shape.
@@ -62,11 +74,9 @@ class PLE(nn.Module):
             for width, dims, (units, rows) in zip(widths, levels, plan, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         check_input(x, self.num_units, self.in_features)
-        for level in self.levels:
-            x = level(x)
-        return x
+        return run_levels(self.levels, x, return_gates)
 
 
 class CGC(PLE):
@@ -113,6 +123,7 @@ class CGCLevel(nn.Module):
         build: Blocks,
     ) -> None:
         super().__init__()
+        self.experts_per_unit = list(experts_per_unit)
         units = range(len(experts_per_unit))
         reads = [(u, *units[num_tasks:]) if u < num_tasks else tuple(units) for u in range(rows)]
         routes = [sum(experts_per_unit[u] for u in row) for row in reads]
@@ -122,6 +133,7 @@ class CGCLevel(nn.Module):
         self.gates = build.gates(in_features, routes, idle=len(units) - rows, packed=not dense)
         self.mix = None if dense else RoutedMix(experts_per_unit, reads, build.device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         experts, logits = self.experts(x), self.gates(x)
-        return mtl.gated_mix(experts, logits) if self.mix is None else self.mix(experts, logits)
+        out = mtl.gated_mix(experts, logits) if self.mix is None else self.mix(experts, logits)
+        return (out, gate_weights(logits, self.mix and self.mix.routes)) if return_gates else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,15 @@ class TableFeatures(nn.Module):
 
 
 class TableModel(nn.Module):
-    """Features below any network on x: ``(numeric, categorical) -> network(features(numeric, categorical))``."""
+    """Features below any network on x: ``(numeric, categorical) -> network(features(numeric, categorical))``.
+
+    Keyword arguments of a call, ``return_gates=True`` for one, go to the network.
+    """
 
     def __init__(self, features: TableFeatures, network: nn.Module) -> None:
         super().__init__()
         self.features = features
         self.network = network
 
-    def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
-        return self.network(self.features(numeric, categorical))
+    def forward(self, numeric: Tensor, categorical: Tensor, **options: Any) -> Any:
+        return self.network(self.features(numeric, categorical), **options)
