@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..adatt import AdaTT
+from ..cross_stitch import CrossStitch
 from ..mmoe import MMoE
 from ..ple import PLE
 from ..shared_bottom import SharedBottom
@@ -148,6 +149,7 @@ LAYOUTS: dict[str, Layout] = {
     "adatt.att_g": replace(_ADATT, static="self_exp_weights.{u}", shared_unit=True, unused=_no_shared_residual),
     "adatt.ple": replace(_ADATT, network=PLE, static=None, shared_unit=True),
     "adatt.mmoe": replace(_ADATT, network=MMoE, static=None, gate="gates.{l}.{u}.1", gate_hidden="gates.{l}.{u}.0"),
+    "adatt.cross_st": replace(_ADATT, network=CrossStitch, gate=None, static="stitchs.{l}.weight"),
     "adatt.share_bottom": replace(_ADATT, **_BOTTOM, expert="bottom_projection"),
     "rechub.mmoe": _RECHUB,
     "rechub.ple": replace(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtlkernels.nn import ExpertMLP, Towers
 
 from ..adatt import AdaTT
+from ..cross_stitch import CrossStitch
 from ..mmoe import MMoE
 from ..ple import PLE
 from .layouts import Layout
@@ -38,6 +39,7 @@ class Level(NamedTuple):
     gates: nn.Module | None
     units: Sequence[int]
     adatt: nn.Module | None = None
+    matrix: Tensor | None = None
 
 
 @dataclass
@@ -66,6 +68,9 @@ class Walk:
                 raise ValueError("omoe: this layout has a gate for every task")
             pairs = zip(network.experts, network.gates, strict=True)
             self.levels = [Level(experts, gates, [experts.num_experts]) for experts, gates in pairs]
+        elif isinstance(network, CrossStitch):
+            pairs = zip(network.experts, network.stitches, strict=True)
+            self.levels = [Level(bank, None, [1] * network.num_tasks, matrix=stitch.weight) for bank, stitch in pairs]
         else:
             self.levels = [Level(network.bottom, None, [1])]
         if len(self.levels) > 1 and "{l}" not in layout.expert:
@@ -141,6 +146,9 @@ class Walk:
         """v of AdaTT, where it is learned."""
         by_level, parts = "{l}" in self.layout.static, {}
         for number, level in enumerate(self.levels):
+            if level.matrix is not None:
+                yield Site({"static": level.matrix.detach()}, {"static": self.layout.static.format(l=number)})
+                continue
             adatt = level.adatt
             expected = any(n != 1 for n in level.units)
             if adatt.residual and any(learned != expected for _, learned in adatt.weights):
