@@ -8,6 +8,7 @@
 
 #include "esmm_loss.cu"
 #include "expert_linear.cu"
+#include "expert_mix.cu"
 #include "hard_concrete.cu"
 #include "library.cpp"
 #include "masked_bce.cu"
