@@ -21,11 +21,6 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
                                                           const Tensor& saved_in, Units experts_per_unit,
                                                           std::string activation, int64_t needs);
 
-inline Tensor rows_contiguous(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
-
 // The inputs of one call as the kernels take them.
 struct LinearCall {
   Tensor x, weight;

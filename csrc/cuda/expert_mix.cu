@@ -38,19 +38,41 @@ struct ExpertMixCall {
   }
 };
 
+// What one kernel does not serve, expert_linear and mix do by turns, a slab of rows after the other: their outputs
+// between the two come out of the cache, and take no more memory for more rows.
+void expert_mix_in_slabs(ExpertMixCall& call, const Units& experts_per_unit, const std::string& activation, Tensor& out,
+                         Tensor& lse) {
+  LinearCall& linear = call.linear;
+  MixCall& gates = call.mix;
+  const int64_t batch = gates.args.batch, most = slab_rows(linear.args.columns * out.element_size());
+  for (int64_t row = 0; row < batch; row += most) {
+    const int64_t rows = std::min(most, batch - row);
+    const auto slab = [&](Tensor& tensor) { return torch::stable::narrow(tensor, 0, row, rows); };
+    const auto [h, z] = expert_linear(slab(linear.x), linear.weight, linear.bias, experts_per_unit, activation, false);
+    Optional logits;
+    if (gates.logits) logits = slab(*gates.logits);
+    const auto mixed = mix(h, logits, gates.stat, gates.mask, gates.columns, {});
+    Tensor to = slab(out);
+    torch::stable::copy_(to, std::get<0>(mixed));
+    if (!logits) continue;
+    to = slab(lse);
+    torch::stable::copy_(to, std::get<1>(mixed));
+  }
+}
+
 std::tuple<Tensor, Tensor> expert_mix(const Tensor& x, const Tensor& weight, Optional bias, Optional logits,
                                       Optional stat, Optional mask, Optional columns, Units experts_per_unit,
                                       std::string activation) {
   ExpertMixCall call(x, weight, bias, logits, stat, mask, columns, experts_per_unit, activation);
-  if (!fuses_expert_mix(call.mix.args.tasks, call.linear.experts)) {
-    const Tensor h = std::get<0>(expert_linear(x, weight, bias, experts_per_unit, activation, false));
-    return mix(h, logits, stat, mask, columns, {});
-  }
   const DeviceGuard guard(x.get_device_index());
   const int64_t batch = call.mix.args.batch, tasks = call.mix.args.tasks;
   Tensor out = empty(x, {batch, tasks, call.mix.args.width}, x.scalar_type());
   Tensor lse = empty(x, logits ? std::vector<int64_t>{batch, tasks} : std::vector<int64_t>{0}, ScalarType::Float);
   if (out.numel() + lse.numel() == 0) return {out, lse};
+  if (!fuses_expert_mix(tasks, call.linear.experts)) {
+    expert_mix_in_slabs(call, experts_per_unit, activation, out, lse);
+    return {out, lse};
+  }
 
   call.linear.need_weight(x.scalar_type());
   ExpertMixArgs args{call.linear.args, call.mix.args};

@@ -12,6 +12,8 @@
 
 namespace mtl {
 
+using MixTile = SmallTile;
+
 struct ExpertMixArgs {
   LinearArgs linear;  // units: 0 where expert e reads unit e, or all read the same
   MixArgs mix;        // its h does not exist; lse is null without logits
@@ -25,13 +27,13 @@ struct ExpertMixPart {
 
 template <int TASKS>
 __device__ inline ExpertMixPart expert_mix_part(const ExpertMixArgs& a) {
-  const int across = a.mix.width > SmallTile::kN ? (static_cast<int>(a.mix.width) - 1) / SmallTile::kN + 1 : 1;
+  const int across = a.mix.width > MixTile::kN ? (static_cast<int>(a.mix.width) - 1) / MixTile::kN + 1 : 1;
   const int chunks = (a.mix.tasks - 1) / TASKS + 1, block = static_cast<int>(blockIdx.x), line = block / across;
   // Neighbouring blocks share their rows of x.
   ExpertMixPart part;
-  part.column0 = block % across * SmallTile::kN;
+  part.column0 = block % across * MixTile::kN;
   part.task0 = line % chunks * TASKS;
-  part.row0 = line / chunks * SmallTile::kM;
+  part.row0 = line / chunks * MixTile::kM;
   part.tasks = a.mix.tasks - part.task0 < TASKS ? a.mix.tasks - part.task0 : TASKS;
   return part;
 }
@@ -68,15 +70,15 @@ struct ExpertWalk {
 // every expert, and keeps what it needs for that.
 template <int TASKS>
 struct ExpertGates {
-  static constexpr int kPairs = SmallTile::kM * TASKS;
-  static constexpr int kEach = (kPairs + SmallTile::kThreads - 1) / SmallTile::kThreads;
+  static constexpr int kPairs = MixTile::kM * TASKS;
+  static constexpr int kEach = (kPairs + MixTile::kThreads - 1) / MixTile::kThreads;
   static constexpr int kBytes = 2 * kPairs * static_cast<int>(sizeof(float));  // of this expert and of the next
 
   const MixArgs& a;
   int row0, task0;
   float highest[kEach], scale[kEach];
 
-  __device__ static int pair(int i) { return static_cast<int>(threadIdx.x) + i * SmallTile::kThreads; }
+  __device__ static int pair(int i) { return static_cast<int>(threadIdx.x) + i * MixTile::kThreads; }
   __device__ int64_t row(int i) const { return row0 + pair(i) / TASKS; }
   __device__ int task(int i) const { return task0 + pair(i) % TASKS; }
   __device__ bool inside(int i) const { return pair(i) < kPairs && row(i) < a.batch && task(i) < a.tasks; }
@@ -126,15 +128,14 @@ struct ExpertGates {
 // From an expert's sums z to sum[t] += A[t] act(z + bias). c comes back as zeros.
 template <int TASKS>
 __device__ inline void expert_mix_add(const ExpertMixArgs& a, const ExpertWalk& walk, int column0, const float* weights,
-                                      float (&c)[SmallTile::kTilesM][SmallTile::kTilesN][4],
-                                      float (&sum)[TASKS][SmallTile::kTilesM][SmallTile::kTilesN][4]) {
-  using Tile = SmallTile;
-  const Place<Tile> at;
+                                      float (&c)[MixTile::kTilesM][MixTile::kTilesN][4],
+                                      float (&sum)[TASKS][MixTile::kTilesM][MixTile::kTilesN][4]) {
+  const Place<MixTile> at;
   const int columns = static_cast<int>(a.mix.width) - column0;
   const int64_t first = walk.expert * a.mix.width + column0;
-  float bias[Tile::kTilesN][2] = {};
+  float bias[MixTile::kTilesN][2] = {};
 #pragma unroll
-  for (int j = 0; j < Tile::kTilesN; ++j) {
+  for (int j = 0; j < MixTile::kTilesN; ++j) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int column = at.column(j, k);
@@ -145,15 +146,15 @@ __device__ inline void expert_mix_add(const ExpertMixArgs& a, const ExpertWalk& 
   }
   // Strip by strip, as in each_strip, but in a circle: after all of them each is back in its place.
 #pragma unroll 1
-  for (int i = 0; i < Tile::kTilesM; ++i) {
+  for (int i = 0; i < MixTile::kTilesM; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kTilesN; ++j) {
+    for (int j = 0; j < MixTile::kTilesN; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float h = activate(a.linear.activation, c[0][j][k] + bias[j][k % 2]);
 #pragma unroll
-        for (int next = 1; next < Tile::kTilesM; ++next) c[next - 1][j][k] = c[next][j][k];
-        c[Tile::kTilesM - 1][j][k] = h;
+        for (int next = 1; next < MixTile::kTilesM; ++next) c[next - 1][j][k] = c[next][j][k];
+        c[MixTile::kTilesM - 1][j][k] = h;
       }
     }
   }
@@ -161,19 +162,19 @@ __device__ inline void expert_mix_add(const ExpertMixArgs& a, const ExpertWalk& 
   for (int t = 0; t < TASKS; ++t) {
     if (!(walk.allowed >> t & 1)) continue;  // not even 0 * NaN
 #pragma unroll
-    for (int i = 0; i < Tile::kTilesM; ++i) {
+    for (int i = 0; i < MixTile::kTilesM; ++i) {
       const float weight[2] = {weights[at.row(i, 0) * TASKS + t], weights[at.row(i, 2) * TASKS + t]};
 #pragma unroll
-      for (int j = 0; j < Tile::kTilesN; ++j) {
+      for (int j = 0; j < MixTile::kTilesN; ++j) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum[t][i][j][k] += weight[k / 2] * c[i][j][k];
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < Tile::kTilesM; ++i) {
+  for (int i = 0; i < MixTile::kTilesM; ++i) {
 #pragma unroll
-    for (int j = 0; j < Tile::kTilesN; ++j) {
+    for (int j = 0; j < MixTile::kTilesN; ++j) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) c[i][j][k] = 0.0f;
     }
@@ -182,17 +183,19 @@ __device__ inline void expert_mix_add(const ExpertMixArgs& a, const ExpertWalk& 
 
 template <class S, int TASKS>
 struct ExpertMixShared {
-  using Panels = LinearPanels<S, SmallTile, LinearProduct::kForward>;
+  using Panels = LinearPanels<S, MixTile, LinearProduct::kForward>;
   static constexpr int kBytes = Panels::kBytes + ExpertGates<TASKS>::kBytes;
 };
 
-// A task in registers is a tile of sums beside the product's own; few tasks leave room for more blocks.
+// Warps on a multiprocessor: a task in registers is a tile of sums beside the product's own.
 template <class S, int TASKS>
-__global__ void __launch_bounds__(SmallTile::kThreads, TASKS == 4 ? 2 : (TASKS == 2 ? 3 : 4) - (sizeof(S) == 4))
+constexpr int kMixWarps = TASKS == 4 ? 8 : (TASKS == 2 ? 12 : 16) - (sizeof(S) == 4 ? 4 : 0);
+
+template <class S, int TASKS>
+__global__ void __launch_bounds__(MixTile::kThreads, kMixWarps<S, TASKS> * 32 / MixTile::kThreads)
     expert_mix_kernel(const __grid_constant__ ExpertMixArgs a) {
   extern __shared__ float4 shared_memory[];
-  using Tile = SmallTile;
-  using Panels = LinearPanels<S, Tile, LinearProduct::kForward>;
+  using Panels = LinearPanels<S, MixTile, LinearProduct::kForward>;
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
@@ -208,11 +211,11 @@ __global__ void __launch_bounds__(SmallTile::kThreads, TASKS == 4 ? 2 : (TASKS =
                              static_cast<int>(a.linear.batch) - part.row0};
     const Operand<S> columns = {weight + walk.expert * a.mix.width * features, nullptr, features, features,
                                 static_cast<int>(a.mix.width) - part.column0};
-    PanelLoader<S, Left, Tile::kThreads>(rows).load(walk.step, stage);
-    PanelLoader<S, Right, Tile::kThreads>(columns).load(walk.step, stage + Left::kBytes);
+    PanelLoader<S, Left, MixTile::kThreads>(rows).load(walk.step, stage);
+    PanelLoader<S, Right, MixTile::kThreads>(columns).load(walk.step, stage + Left::kBytes);
   };
 
-  float c[Tile::kTilesM][Tile::kTilesN][4] = {}, sum[TASKS][Tile::kTilesM][Tile::kTilesN][4] = {};
+  float c[MixTile::kTilesM][MixTile::kTilesN][4] = {}, sum[TASKS][MixTile::kTilesM][MixTile::kTilesN][4] = {};
   ExpertWalk walk(a, part, steps), ahead = walk;
   for (int turn = 0; turn < kGemmStages - 1; ++turn) {
     if (ahead.more()) {
@@ -241,9 +244,9 @@ __global__ void __launch_bounds__(SmallTile::kThreads, TASKS == 4 ? 2 : (TASKS =
 #pragma unroll
     for (int i = 0; i < kGemmParts; ++i) {
       if constexpr (sizeof(S) == 4) {
-        multiply_exactly<Tile, Left, Right>(stage, stage + Left::kBytes, i, c);
+        multiply_exactly<MixTile, Left, Right>(stage, stage + Left::kBytes, i, c);
       } else {
-        multiply<S, Tile, Left, Right>(stage, stage + Left::kBytes, i, c);
+        multiply<S, MixTile, Left, Right>(stage, stage + Left::kBytes, i, c);
       }
     }
     if (walk.step == steps - 1) {
@@ -258,8 +261,8 @@ __global__ void __launch_bounds__(SmallTile::kThreads, TASKS == 4 ? 2 : (TASKS =
   for (int t = 0; t < TASKS; ++t) {
     if (t >= part.tasks) break;
     S* to = static_cast<S*>(a.mix.out) + part.row0 * stride + (part.task0 + t) * a.mix.width + part.column0;
-    each_strip<Tile>(sum[t], [&](int i, float (&strip)[Tile::kTilesN][4]) {
-      store_strip<S, Tile>(strip, i, to, stride, rows, columns);
+    each_strip<MixTile>(sum[t], [&](int i, float (&strip)[MixTile::kTilesN][4]) {
+      store_strip<S, MixTile>(strip, i, to, stride, rows, columns);
     });
   }
 }

@@ -15,12 +15,22 @@ inline bool fuses_expert_mix(int64_t tasks, const std::vector<int64_t>& experts)
   return tasks <= kFusedTasks && (ones || experts.size() <= kLinearUnits);
 }
 
+#ifndef MTL_SLAB_BYTES  // tests take less
+#define MTL_SLAB_BYTES (int64_t{32} << 20)
+#endif
+
+// Batch rows whose experts' outputs, of so many bytes each, stay in the second-level cache.
+inline int64_t slab_rows(int64_t row_bytes) {
+  constexpr int64_t kStep = 128;
+  return std::max<int64_t>(1, MTL_SLAB_BYTES / std::max<int64_t>(1, row_bytes) / kStep) * kStep;
+}
+
 template <class S, int TASKS, class Stream>
 void launch_expert_mix_tasks(const ExpertMixArgs& a, Stream stream) {
-  const int64_t across = std::max<int64_t>(1, divide_up(a.mix.width, SmallTile::kN));
-  const int64_t blocks = divide_up(a.mix.batch, SmallTile::kM) * divide_up(a.mix.tasks, TASKS) * across;
+  const int64_t across = std::max<int64_t>(1, divide_up(a.mix.width, MixTile::kN));
+  const int64_t blocks = divide_up(a.mix.batch, MixTile::kM) * divide_up(a.mix.tasks, TASKS) * across;
   constexpr int kBytes = ExpertMixShared<S, TASKS>::kBytes;
-  if (blocks) MTL_LAUNCH((expert_mix_kernel<S, TASKS>), blocks, SmallTile::kThreads, kBytes, stream, a);
+  if (blocks) MTL_LAUNCH((expert_mix_kernel<S, TASKS>), blocks, MixTile::kThreads, kBytes, stream, a);
 }
 
 template <class S, class Stream>

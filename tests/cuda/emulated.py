@@ -99,3 +99,21 @@ class Device:
             edges = torch.cat([room[:GUARD], room[-GUARD:]])
             untouched = edges.isnan() if edges.is_floating_point() else edges == 0
             assert untouched.all(), "a write outside a tensor"
+
+
+def noticed(check: Callable[[Device], None], library: Path, **schedule: int) -> bool:
+    """Whether `check` fails under some order of threads, or kernels never end."""
+    for order in ORDERS:
+        try:
+            check(Device(library, order, seed=5, **schedule))
+        except (AssertionError, RuntimeError):
+            return True
+    return False
+
+
+def assert_every_barrier_matters(check: Callable[[Device], None], library: Path, barriers: range) -> None:
+    """`check` holds, and fails where one of the barriers, or of the waits for copies, is left out."""
+    assert Device(library).library.barriers() == barriers.stop
+    assert not noticed(check, library)
+    for barrier in barriers:
+        assert noticed(check, library, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
