@@ -189,7 +189,7 @@ struct ExpertMixShared {
 
 // Warps on a multiprocessor: a task in registers is a tile of sums beside the product's own.
 template <class S, int TASKS>
-constexpr int kMixWarps = TASKS == 4 ? 8 : (TASKS == 2 ? 12 : 16) - (sizeof(S) == 4 ? 4 : 0);
+constexpr int kMixWarps = TASKS == 4 || (TASKS == 2 && sizeof(S) == 4) ? 8 : 12;
 
 template <class S, int TASKS>
 __global__ void __launch_bounds__(MixTile::kThreads, kMixWarps<S, TASKS> * 32 / MixTile::kThreads)
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(MixTile::kThreads, kMixWarps<S, TASKS> * 32 / 
   }
   const ExpertGates<TASKS> gates(a.mix, part);
   if (walk.more()) gates.put(walk.expert, weights);
-  int place = 0;  // of the expert's weights; those of the next one go to the other
+  int place = 0;  // of the expert's weights; the next one's go to the other
   for (int turn = 0; walk.more(); turn = (turn + 1) % kGemmStages) {
     cp_async_wait<kGemmStages - 2>();
     __syncthreads();  // this step's panels and weights are complete, and the last one's are read
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(MixTile::kThreads, kMixWarps<S, TASKS> * 32 / 
       ahead.advance();
     }
     cp_async_commit();
-    if (walk.step == 0) {
+    if (walk.step == 0) {  // their last readers came before this step's barrier, the next ones come after another
       ExpertWalk next = walk;
       next.next_expert();
       if (next.more()) gates.put(next.expert, weights + (1 - place) * gates.kPairs);
