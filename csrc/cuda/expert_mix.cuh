@@ -12,7 +12,7 @@
 
 namespace mtl {
 
-using MixTile = SmallTile;
+using MixTile = SmallTile;  // a task takes as many registers as the product, so a large one would not fit
 
 struct ExpertMixArgs {
   LinearArgs linear;  // units: 0 where expert e reads unit e, or all read the same
