@@ -88,8 +88,8 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
       "expert_mix_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor weight, Tensor? bias, Tensor? logits,"
       " Tensor? static, Tensor? mask, Tensor? columns, int[]? experts_per_unit, str activation, Tensor lse, int needs)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The same where time counts more than memory. Third output, for backward: the experts' outputs [B,E,D], before the
-  // activation for gelu and silu.
+  // The same where time counts more than memory: on a CPU, no GPU has it. Third output, for backward: the experts'
+  // outputs [B,E,D], before the activation for gelu and silu.
   define_forward(
       m, "expert_mix_saving",
       "(Tensor x, Tensor weight, Tensor? bias, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns,"

@@ -253,13 +253,12 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
   using LeftLoader = PanelLoader<S, Left, TILE::kThreads>;
-  using RightLoader = PanelLoader<S, Right, TILE::kThreads>;
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
   const LinearPart part = linear_part<TILE, PRODUCT>(a);
   const LeftLoader left(linear_left<S, PRODUCT>(a, part));
-  const RightLoader right(linear_right<S, PRODUCT>(a, part, left.from.depth));
+  const PanelLoader<S, Right, TILE::kThreads> right(linear_right<S, PRODUCT>(a, part, left.from.depth));
   const int steps = (left.from.depth + Left::kDepth - 1) / Left::kDepth;
-  const bool copy_left = left.by_hardware(), copy_right = right.by_hardware();
+  const bool copy_left = left.by_hardware();
   const bool sum_columns = PRODUCT == LinearProduct::kWeight && a.dbias && part.column0 == 0;
 
   float c[TILE::kTilesM][TILE::kTilesN][4] = {};
@@ -269,12 +268,7 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   const auto load = [&](int step) {
     unsigned char* stage = stage_of(step);
     if (copy_left) left.copy(step, stage);
-    if (copy_right) return right.copy(step, stage + Left::kBytes);
-    typename RightLoader::Fetched fetched[kGemmParts];
-#pragma unroll
-    for (int i = 0; i < kGemmParts; ++i) right.fetch(step, i, fetched[i]);
-#pragma unroll
-    for (int i = 0; i < kGemmParts; ++i) right.put(fetched[i], Activation::kNone, i, stage + Left::kBytes);
+    right.load(step, stage + Left::kBytes);
   };
 
   for (int step = 0; step < kGemmStages - 1; ++step) {

@@ -131,6 +131,16 @@ struct PanelLoader {
     }
     *reinterpret_cast<float4*>(PANEL::chunk(panel, row(i), column(i))) = reinterpret_cast<const float4&>(chunk);
   }
+
+  // A whole panel of an operand that goes through no activation, by whichever way.
+  __device__ void load(int step, unsigned char* panel) const {
+    if (by_hardware()) return copy(step, panel);
+    Fetched fetched[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) fetch(step, i, fetched[i]);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) put(fetched[i], Activation::kNone, i, panel);
+  }
 };
 
 // Where this thread's sums lie in the tile: c[i][j][k] at row(i, k), column(j, k), as mma leaves them.

@@ -31,9 +31,10 @@ def expert_mix(
     """``O[b,t,:] = sum_e (softmax(logits) + static)[b,t,e] act(W_e x[b,unit(e),:] + c_e)``.
 
     What :func:`expert_linear` and :func:`mix` give one after the other, without the experts' outputs in between; these
-    are not rounded, and an expert that no row may use is left out altogether. Where a gradient is wanted, the native
-    kernel keeps them once, in x's dtype, for on a CPU to compute them again costs more than to read them; the Triton
-    kernels compute them again.
+    are not rounded, and an expert that no row may use is left out altogether. Where a gradient is wanted, a CPU keeps
+    them once, in x's dtype, for to compute them again costs more there than to read them; a GPU's kernels compute them
+    again. For more than eight rows T these round them: the CUDA C++ ones then go through slabs of the batch, the Triton
+    ones take the two operators one after the other.
 
     Args:
         x: [B,K], read by every expert, or [B,U,K]; as in :func:`expert_linear`.
@@ -71,7 +72,7 @@ def expert_mix(
     _check_mix(outputs, logits, static, mask, routes)
     grad = any(t is not None and t.requires_grad for t in (x, weight, bias, logits, static))
     which = _backend.choose("expert_mix", backend, x)
-    operator = SAVING if which == "native" and grad and torch.is_grad_enabled() else OPERATOR
+    operator = SAVING if which == "native" and x.is_cpu and grad and torch.is_grad_enabled() else OPERATOR
     return operator(which, grad, x, weight, bias, logits, static, mask, columns, counts, activation or "")
 
 
@@ -125,8 +126,9 @@ _ARGUMENTS = (
 _BACKWARD_ARGUMENTS = "(Tensor grad, Tensor? grad_lse, " + _ARGUMENTS[1:-1] + ", Tensor {}, int needs)"
 _GRADIENTS = " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 _PREDICATES = {
-    "native": _backend.native_support("expert_mix", on_gpu=False),
+    # First on a GPU, until one has measured the two; auto never takes it on a CPU.
     "triton": _backend.triton_support,
+    "native": _backend.native_support("expert_mix", on_gpu=True),
     "reference": _backend.reference_support,
 }
 
@@ -151,6 +153,10 @@ SAVING = Operator(
     keep=lambda args, outputs: (outputs[2],),
     gradients=_gradients,
     reference=lambda x, *args: (*_plain.expert_mix(x, *args), x.new_empty(0)),
-    predicates={**_PREDICATES, "triton": lambda case: _backend.Support(False, "Triton computes the experts again")},
+    predicates={
+        "triton": lambda case: _backend.Support(False, "Triton computes the experts again"),
+        "native": _backend.native_support("expert_mix_saving", on_gpu=False),
+        "reference": _backend.reference_support,
+    },
     public=(),
 )

@@ -1,12 +1,12 @@
 """The CUDA kernels of expert_linear, executed on the host: every index, barrier, copy and order, against float64."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import Device, build
+from emulated import Device, assert_every_barrier_matters, build, noticed
 from torch import Tensor
 
 FIELDS = (
@@ -176,26 +176,19 @@ def test_more_units_than_a_launch_holds() -> None:
 SENSITIVE = Case(300, 40, 72, (2,), F16, "relu", slice_rows=160)
 
 
-def noticed(library: Path, case: Case, **schedule: int) -> bool:
-    """Whether some order of threads gives wrong numbers or never ends."""
+def check(case: Case) -> Callable[[Device], None]:
     inputs = make(case)
-    for order in ("forward", "reverse", "shuffled"):
-        try:
-            got = run(Device(library, order, seed=5, **schedule), case, inputs)
-            assert_right(case, got, oracle(case, inputs, got["y"]))
-        except (AssertionError, RuntimeError):
-            return True
-    return False
+
+    def compare(device: Device) -> None:
+        got = run(device, case, inputs)
+        assert_right(case, got, oracle(case, inputs, got["y"]))
+
+    return compare
 
 
 def test_every_barrier_and_every_wait_matters() -> None:
     """One barrier and the wait for copies in each step, two barriers around the bias's sums."""
-    library = build("expert_linear")
-    barriers = Device(library).library.barriers()
-    assert barriers == 4
-    assert not noticed(library, SENSITIVE)
-    for barrier in range(barriers):
-        assert noticed(library, SENSITIVE, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
+    assert_every_barrier_matters(check(SENSITIVE), build("expert_linear"), range(4))
 
 
 WRONG = {
@@ -212,7 +205,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_index_is_noticed(wrong: str) -> None:
-    assert noticed(build("expert_linear", WRONG[wrong], "FLOAT16_ONLY"), Case(170, 36, 52, (2,), F16, slice_rows=160))
+    library = build("expert_linear", WRONG[wrong], "FLOAT16_ONLY")
+    assert noticed(check(Case(170, 36, 52, (2,), F16, slice_rows=160)), library)
 
 
 @pytest.mark.parametrize("transposed", [0, 1])

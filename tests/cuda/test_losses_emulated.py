@@ -1,11 +1,10 @@
 """The CUDA kernels of the losses, executed on the host: every index, barrier and thread order against float64."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import Device, build
+from emulated import ORDERS, Device, assert_every_barrier_matters, build, noticed
 from torch import Tensor
 
 import mtlkernels as mtl
@@ -14,7 +13,6 @@ FIELDS = "type batch tasks x x2 y y_type z z_type factor loss dx dx2".split()
 TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.bool: 4, torch.uint8: 4,
         torch.int32: 5, torch.int64: 6}  # fmt: skip
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-ORDERS = ("forward", "reverse", "shuffled")
 Run = Callable[[Device], dict[str, Tensor]]
 
 
@@ -154,25 +152,14 @@ def test_bad_labels_and_weights_are_nan_in_their_task_alone() -> None:
 SENSITIVE = ("esmm 1500 torch.float32 torch.uint8", "bce (700, 4) torch.float32 torch.bool torch.bool")
 
 
-def noticed(library: Path, name: str, **schedule: int) -> bool:
-    """Whether some order of threads gives wrong numbers or never ends."""
+def check(name: str) -> Callable[[Device], None]:
     run, wanted = CASES[name]
-    for order in ORDERS:
-        try:
-            assert_right(run(Device(library, order, seed=5, **schedule)), wanted)
-        except (AssertionError, RuntimeError):
-            return True
-    return False
+    return lambda device: assert_right(run(device), wanted)
 
 
 @pytest.mark.parametrize("name", SENSITIVE)
 def test_every_barrier_matters(name: str) -> None:
-    library = build("losses")
-    barriers = Device(library).library.barriers()
-    assert barriers == 3
-    assert not noticed(library, name)
-    for barrier in range(barriers):
-        assert noticed(library, name, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
+    assert_every_barrier_matters(check(name), build("losses"), range(3))
 
 
 @pytest.mark.parametrize(
@@ -184,4 +171,4 @@ def test_every_barrier_matters(name: str) -> None:
     ],
 )
 def test_a_wrong_kernel_is_noticed(change: tuple[str, str, str]) -> None:
-    assert noticed(build("losses", change), "bce (700, 4) torch.float32 torch.bool torch.bool")
+    assert noticed(check("bce (700, 4) torch.float32 torch.bool torch.bool"), build("losses", change))

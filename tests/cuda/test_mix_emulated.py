@@ -1,12 +1,12 @@
 """The CUDA kernels of mix, executed on the host: every index, barrier and thread order against a float64 oracle."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import Device, build
+from emulated import Device, assert_every_barrier_matters, build, noticed
 from torch import Tensor
 
 FIELDS = (
@@ -267,28 +267,17 @@ def test_channel_wise(shape: tuple[int, int, int, int], dtype: torch.dtype) -> N
 SENSITIVE = Case((600, 2, 3, 12), static="dense", max_blocks=3)
 
 
-def noticed(library: Path, case: Case, **schedule: int) -> bool:
-    """Whether some order of threads gives wrong numbers or never ends."""
+def check(case: Case) -> Callable[[Device], None]:
     inputs = make(case)
     want = oracle(inputs)
-    for order in ("forward", "reverse", "shuffled"):
-        try:
-            assert_right(case, run(Device(library, order, seed=5, **schedule), case, inputs), want)
-        except (AssertionError, RuntimeError):
-            return True
-    return False
+    return lambda device: assert_right(case, run(device, case, inputs), want)
 
 
 def test_every_barrier_matters() -> None:
-    library = build("mix")
-    barriers = Device(library).library.barriers()
-    assert barriers == 5
-    assert not noticed(library, SENSITIVE)
-    for barrier in range(barriers):
-        assert noticed(library, SENSITIVE, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
+    assert_every_barrier_matters(check(SENSITIVE), build("mix"), range(5))
 
 
 def test_a_wrong_index_is_noticed() -> None:
     wrong = build("mix", ("mix.cuh", "dweights + (static_cast<int64_t>(slice0) * a.rows + r)",
                           "dweights + (static_cast<int64_t>(slice0) * a.rows + 0)"))  # fmt: skip
-    assert noticed(wrong, SENSITIVE)
+    assert noticed(check(SENSITIVE), wrong)

@@ -87,6 +87,7 @@ inline unsigned seed = 0;
 inline int skipped_barrier = -1;
 inline std::string error;                             // the first failure of the last call; empty when all went well
 inline std::map<const void*, size_t> allowed_shared;  // by kernel
+inline int64_t bank_conflicts = 0;                    // rows that ldmatrix reads at a time from banks of another row
 
 template <class Kernel>
 const void* address(Kernel* kernel) {

@@ -1,10 +1,10 @@
 // The expert_linear kernels, with their launch code, on the emulated device.
 #include "cuda.h"
 #include "expert_linear_launch.cuh"
+// After the kernels.
+#include "calls.h"
 
 namespace {
-
-constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
 
 // One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
 struct Problem {
@@ -13,11 +13,6 @@ struct Problem {
   int64_t out, z, dbias, parameter_type;
   int64_t large, slice_rows;  // -1, 0: as planned
 };
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 template <class S, mtl::LinearProduct PRODUCT>
 void run(const Problem& p) {
@@ -50,9 +45,8 @@ void run(const Problem& p) {
   const auto type = static_cast<mtl::Scalar>(p.parameter_type);
   a.exact = type == mtl::Scalar::f32;
   if (plan.slices == 1) return mtl::launch_linear<S, PRODUCT>(a, plan, experts, 0);
-  // Sums that are read before they are written show as NaN.
   const int64_t size = a.columns * a.features;
-  std::vector<float> sums(plan.slices * size, NAN), bias_sums(plan.slices * a.columns, NAN);
+  std::vector<float> sums = scratch(plan.slices * size), bias_sums = scratch(plan.slices * a.columns);
   a.out = sums.data();
   a.dbias = bias_sums.data();
   a.exact = true;
@@ -64,11 +58,7 @@ void run(const Problem& p) {
 template <mtl::LinearProduct PRODUCT>
 void run_any(const Problem* p) {
   emulation::error.clear();
-  if (p->type == static_cast<int64_t>(mtl::Scalar::f16)) run<__half, PRODUCT>(*p);
-#ifndef FLOAT16_ONLY
-  if (p->type == static_cast<int64_t>(mtl::Scalar::f32)) run<float, PRODUCT>(*p);
-  if (p->type == static_cast<int64_t>(mtl::Scalar::bf16)) run<__nv_bfloat16, PRODUCT>(*p);
-#endif
+  dispatch(p->type, [&](auto s) { run<decltype(s), PRODUCT>(*p); });
 }
 
 // c [16,8] = a [16,16] b [16,8] by one warp, the operands through ldmatrix as stored, or stored transposed.
@@ -97,17 +87,6 @@ void one_product(const __half* a, const __half* b, float* c, bool transposed) {
 }  // namespace
 
 extern "C" {
-
-int barriers() { return kBarriers; }
-int64_t bank_conflicts() { return emulation::bank_conflicts; }
-const char* last_error() { return emulation::error.c_str(); }
-
-void schedule(int order, unsigned seed, int skipped_barrier) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::seed = seed;
-  emulation::skipped_barrier = skipped_barrier;
-  emulation::bank_conflicts = 0;
-}
 
 void forward(const Problem* p) { run_any<mtl::LinearProduct::kForward>(p); }
 void input_gradient(const Problem* p) { run_any<mtl::LinearProduct::kInput>(p); }

@@ -1,10 +1,10 @@
 // The kernels of the losses, with their launch code, on the emulated device.
 #include "cuda.h"
 #include "losses_launch.cuh"
+// After the kernels.
+#include "calls.h"
 
 namespace {
-
-constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
 
 // One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
 struct Problem {
@@ -15,37 +15,13 @@ struct Problem {
   int64_t loss, dx, dx2;
 };
 
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 mtl::Labels labels(int64_t address, int64_t type) {
   return {pointer<void>(address), static_cast<mtl::LabelType>(type)};
 }
 
-template <class Body>
-void dispatch(int64_t type, Body body) {
-  if (type == static_cast<int64_t>(mtl::Scalar::f32)) body(float{});
-  if (type == static_cast<int64_t>(mtl::Scalar::f16)) body(__half{});
-  if (type == static_cast<int64_t>(mtl::Scalar::bf16)) body(__nv_bfloat16{});
-}
-
-// Scratch that is read before it is written shows as NaN.
-std::vector<float> scratch(int64_t n) { return std::vector<float>(n, NAN); }
-
 }  // namespace
 
 extern "C" {
-
-int barriers() { return kBarriers; }
-const char* last_error() { return emulation::error.c_str(); }
-
-void schedule(int order, unsigned seed, int skipped_barrier) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::seed = seed;
-  emulation::skipped_barrier = skipped_barrier;
-}
 
 void esmm(const Problem* p) {
   emulation::error.clear();

@@ -1,10 +1,10 @@
 // The mix kernels, with their launch code, on the emulated device.
 #include "cuda.h"
 #include "mix_launch.cuh"
+// After the kernels.
+#include "calls.h"
 
 namespace {
-
-constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
 
 // One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
 struct Problem {
@@ -14,18 +14,6 @@ struct Problem {
   int64_t out, lse, dexperts, dlogits, dstatic;
   int64_t max_blocks;  // 0: as planned; else a bound, which makes a block loop over many groups of rows
 };
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class Body>
-void dispatch(int64_t type, Body body) {
-  if (type == static_cast<int64_t>(mtl::Scalar::f32)) body(float{});
-  if (type == static_cast<int64_t>(mtl::Scalar::f16)) body(__half{});
-  if (type == static_cast<int64_t>(mtl::Scalar::bf16)) body(__nv_bfloat16{});
-}
 
 mtl::MixArgs arguments(const Problem& p) {
   mtl::MixArgs a{};
@@ -59,9 +47,6 @@ mtl::MixArgs arguments(const Problem& p) {
   return a;
 }
 
-// Scratch that is read before it is written shows as NaN.
-std::vector<float> scratch(int64_t n) { return std::vector<float>(n, NAN); }
-
 mtl::MixPlan prepare(const Problem& p, mtl::MixArgs& a, bool backward) {
   mtl::MixPlan plan = mtl::prepare_mix(a, static_cast<mtl::Scalar>(p.type), backward);
   if (p.max_blocks) plan.blocks = std::min(plan.blocks, p.max_blocks);
@@ -71,15 +56,6 @@ mtl::MixPlan prepare(const Problem& p, mtl::MixArgs& a, bool backward) {
 }  // namespace
 
 extern "C" {
-
-int barriers() { return kBarriers; }
-const char* last_error() { return emulation::error.c_str(); }
-
-void schedule(int order, unsigned seed, int skipped_barrier) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::seed = seed;
-  emulation::skipped_barrier = skipped_barrier;
-}
 
 void mix_forward(const Problem* p) {
   emulation::error.clear();

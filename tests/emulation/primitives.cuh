@@ -10,8 +10,6 @@
 
 namespace emulation {
 
-inline int64_t bank_conflicts = 0;  // rows that ldmatrix reads at a time from banks of another row
-
 inline bool inside_shared(const void* p, size_t bytes) {
   const auto* shared = reinterpret_cast<const unsigned char*>(mtl::shared_memory);
   const auto* at = static_cast<const unsigned char*>(p);

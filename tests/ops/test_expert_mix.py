@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels import backend
 
 from .cases import (
     GRAD_LAYOUTS,
@@ -387,3 +388,26 @@ def test_explain():
     assert lines.startswith("expert_mix on cpu, float32")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mtl.explain("expert_mix", X, W, BIAS, L).startswith("expert_mix on cpu, bfloat16")
+
+
+@native_only
+def test_explain_on_a_gpu():
+    """Both libraries of kernels serve a GPU; Triton's is tried first."""
+    predicates = backend._predicates["expert_mix"]
+    assert list(predicates) == ["triton", "native", "reference"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ok, reason = predicates["native"](backend.Case("cuda", dtype, 90))
+        assert reason == ("CUDA C++ kernel" if ok else "the library was built without nvcc")
+    assert not predicates["native"](backend.Case("cuda", torch.float64, 90)).ok
+    assert mtl.explain("expert_mix", X, W, BIAS, L).startswith("expert_mix on cpu, float32: native")
+
+
+@native_only
+def test_only_a_cpu_keeps_the_experts_outputs(monkeypatch):
+    monkeypatch.setattr(backend, "choose", lambda *args: "native")
+    for device, keeps in (("cpu", True), ("meta", False)):
+        tensors = [t.detach().to(device).requires_grad_() for t in (X, W, BIAS, L)]
+        out = mtl.expert_mix(*tensors)
+        assert ("saving" in out.grad_fn._forward_cls.__name__) == keeps
+        out.sum().backward()
+        assert all(t.grad.shape == t.shape for t in tensors)

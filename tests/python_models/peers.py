@@ -92,6 +92,23 @@ class MLMMoE(nn.Module):
         return torch.stack(units, 1)
 
 
+class CrossStitch(nn.Module):
+    def __init__(self, width, dims, tasks):
+        super().__init__()
+        self.experts, self.stitchs = nn.ModuleList(), nn.ModuleList()
+        for widths in dims:
+            self.experts.append(nn.ModuleList(MLP(width, widths) for _ in range(tasks)))
+            self.stitchs.append(nn.Linear(tasks, tasks, bias=False))
+            width = widths[-1]
+
+    def forward(self, x):
+        x = torch.stack([x] * len(self.experts[0]), 1)
+        for experts, stitch in zip(self.experts, self.stitchs, strict=True):
+            outputs = torch.stack([expert(h) for expert, h in zip(experts, x.unbind(1), strict=True)], 1)
+            x = stitch(outputs.transpose(1, 2)).transpose(1, 2)
+        return x
+
+
 class SharedBottom(nn.Module):
     def __init__(self, width, dims, tasks):
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mtlkernels.nn import ExpertMLP, Towers
-from python_models import PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom
+from python_models import PLE, AdaTT, CrossStitch, MMoE, MultiTaskModel, SharedBottom
 from python_models.interop import LAYOUTS, export_state, import_state
 
 
@@ -48,6 +48,11 @@ CASES = {
         "adatt.mmoe",
         lambda: peers.MLMMoE(6, DIMS, [3, 5], 2, 3),
         lambda: MMoE(6, 2, 3, DIMS, [3, 5]),
+    ),
+    "cross_st": (
+        "adatt.cross_st",
+        lambda: peers.CentralTaskArch(peers.CrossStitch(6, DIMS, 3), 4, 3, [3]),
+        lambda: MultiTaskModel(CrossStitch(6, 3, DIMS), towers(3, [3])),
     ),
     "share_bottom": (
         "adatt.share_bottom",
