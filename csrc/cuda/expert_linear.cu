@@ -13,11 +13,6 @@
 namespace mtl {
 namespace {
 
-Tensor rows_contiguous(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
-
 // The inputs of one call as the kernels take them.
 struct LinearCall {
   Tensor x, weight;

@@ -14,7 +14,8 @@ constexpr int kLinearUnits = 256;  // units a launch may hold; more units take m
 
 enum class LinearProduct : int { kForward, kInput, kWeight };
 
-struct LinearArgs {
+// The tensors of a product of linear layers.
+struct LinearTensors {
   int64_t outputs, features, columns;  // N, K, E * N
   int64_t batch;
   const void* x;
@@ -29,7 +30,10 @@ struct LinearArgs {
   void* dbias;  // as dweight, [E,N]; null if not wanted
   bool exact;   // dweight and dbias are float32: sums of a slice, or gradients of float32 weights
   int slice_rows;
-  int64_t out_row;               // dx: U * K
+  int64_t out_row;  // dx: U * K
+};
+
+struct LinearArgs : LinearTensors {
   int first_unit, units;         // which of x's units this launch's first one is, and how many it has
   int expert[kLinearUnits + 1];  // first expert of each unit of this launch
   int tile[kLinearUnits + 1];    // first tile

@@ -22,6 +22,12 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType t
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 }
 
+// A copy where the numbers of a row do not lie side by side.
+inline Tensor rows_contiguous(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
 inline Scalar scalar_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
