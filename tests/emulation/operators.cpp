@@ -13,3 +13,4 @@
 #include "masked_bce.cu"
 #include "mix.cu"
 #include "partitioned_norm.cu"
+#include "star_linear.cu"
