@@ -192,10 +192,9 @@ OPERATOR = Operator(
     gradients=_gradients,
     reference=_reference,
     predicates={
-        # First on a GPU too, until one has measured the two: a sort and a kernel or two, where Triton's tables of tiles
-        # take a dozen launches.
-        "native": _backend.native_support("star_linear", on_gpu=True),
+        # First on a GPU, until one has measured the two; auto never takes it on a CPU.
         "triton": _backend.triton_support,
+        "native": _backend.native_support("star_linear", on_gpu=True),
         "reference": _backend.reference_support,
     },
     autocast=True,
