@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   using Panels = LinearPanels<S, TILE, PRODUCT>;
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
-  using LeftLoader = PanelLoader<S, Left, TILE::kThreads>;
-  using RightLoader = PanelLoader<S, Right, TILE::kThreads>;
+  using LeftLoader = PanelLoader<S, Left, TILE::kThreads, RowsAsTheyCome, true>;
+  using RightLoader = PanelLoader<S, Right, TILE::kThreads, RowsAsTheyCome, true>;
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
   const LinearPart part = linear_part<TILE, PRODUCT>(a);
   const LeftLoader left(linear_left<S, PRODUCT>(a, part));

@@ -65,19 +65,20 @@ struct RowsAsTheyCome {
 
 // Takes one operand's panels to shared memory. A thread moves the same kEach chunks of every panel. What does not go by
 // the hardware's copies passes through a thread's registers, a chunk in each part of the step, so that few are held.
-template <class S, class PANEL, int THREADS, class ROWS = RowsAsTheyCome>
+template <class S, class PANEL, int THREADS, class ROWS = RowsAsTheyCome, bool WORDS = false>
 struct PanelLoader {
   static constexpr int kVec = PANEL::kVec, kEach = PANEL::kRows * PANEL::kChunks / THREADS;
   using Chunk = Pack<S, kVec>;
-  // A chunk in registers of four bytes. Numbers of 16 bits, held one by one, would take a register each, and the thread
-  // would wait for them as soon as they are loaded, to take them apart.
+  // WORDS: a chunk lies in registers of four bytes. Numbers of 16 bits, held one by one, take a register each, and the
+  // thread waits for them as soon as they are loaded, to take them apart.
   struct alignas(sizeof(Chunk)) Words {
     uint32_t word[sizeof(Chunk) / 4];
-    __device__ const Chunk& numbers() const { return reinterpret_cast<const Chunk&>(*this); }
   };
+  using Held = std::conditional_t<WORDS, Words, Chunk>;
   struct Fetched {
-    Words data, saved;
+    Held data, saved;
   };
+  __device__ static const Chunk& numbers(const Held& held) { return reinterpret_cast<const Chunk&>(held); }
   static_assert(kEach == kGemmParts);
 
   Operand<S> from;
@@ -117,16 +118,20 @@ struct PanelLoader {
     }
   }
 
-  __device__ Words read(const S* at, int inside) const {
-    if (aligned && inside == kVec) return *reinterpret_cast<const Words*>(at);
+  __device__ Held read(const S* at, int inside) const {
+    if (aligned && inside == kVec) return *reinterpret_cast<const Held*>(at);
     using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>;
-    Words words{};
+    Held held{};
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
-      const int byte = e * static_cast<int>(sizeof(S));
-      if (e < inside) words.word[byte / 4] |= uint32_t{reinterpret_cast<const Bits*>(at)[e]} << 8 * (byte % 4);
+      if constexpr (WORDS) {
+        const int byte = e * static_cast<int>(sizeof(S));
+        if (e < inside) held.word[byte / 4] |= uint32_t{reinterpret_cast<const Bits*>(at)[e]} << 8 * (byte % 4);
+      } else {
+        held.value[e] = e < inside ? at[e] : from_float<S>(0.0f);
+      }
     }
-    return words;
+    return held;
   }
 
   __device__ void fetch(int step, int i, Fetched& to) const {
@@ -137,11 +142,11 @@ struct PanelLoader {
   }
 
   __device__ void put(const Fetched& fetched, Activation activation, int i, unsigned char* panel) const {
-    Chunk chunk = fetched.data.numbers();
+    Chunk chunk = numbers(fetched.data);
     if (from.saved) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        const float grad = to_float(chunk.value[e]), saved = to_float(fetched.saved.numbers().value[e]);
+        const float grad = to_float(chunk.value[e]), saved = to_float(numbers(fetched.saved).value[e]);
         chunk.value[e] = from_float<S>(activation_gradient(activation, grad, saved));
       }
     }

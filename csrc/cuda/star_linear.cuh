@@ -78,8 +78,8 @@ struct ScatteredRows {
 
 // Takes W * W_p to shared memory. Of PanelLoader's operand, data is W and saved W_p, of type P; the panel is of S.
 template <class S, class P, class PANEL, int THREADS>
-struct ProductLoader : PanelLoader<P, PANEL, THREADS> {
-  using Base = PanelLoader<P, PANEL, THREADS>;
+struct ProductLoader : PanelLoader<P, PANEL, THREADS, RowsAsTheyCome, true> {
+  using Base = PanelLoader<P, PANEL, THREADS, RowsAsTheyCome, true>;
   using Base::Base;
 
   __device__ static constexpr bool by_hardware() { return false; }
@@ -88,8 +88,8 @@ struct ProductLoader : PanelLoader<P, PANEL, THREADS> {
     Pack<S, PANEL::kVec> chunk;
 #pragma unroll
     for (int e = 0; e < PANEL::kVec; ++e) {
-      chunk.value[e] =
-          from_float<S>(to_float(fetched.data.numbers().value[e]) * to_float(fetched.saved.numbers().value[e]));
+      chunk.value[e] = from_float<S>(to_float(Base::numbers(fetched.data).value[e]) *
+                                     to_float(Base::numbers(fetched.saved).value[e]));
     }
     *reinterpret_cast<float4*>(PANEL::chunk(panel, Base::row(i), Base::column(i))) =
         reinterpret_cast<const float4&>(chunk);
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   using Panels = LinearPanels<S, TILE, PRODUCT>;
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
-  using LeftLoader = PanelLoader<S, Left, TILE::kThreads, GatheredRows>;
-  using RightLoader = std::conditional_t<kSums, PanelLoader<S, Right, TILE::kThreads, GatheredRows>,
+  using LeftLoader = PanelLoader<S, Left, TILE::kThreads, GatheredRows, true>;
+  using RightLoader = std::conditional_t<kSums, PanelLoader<S, Right, TILE::kThreads, GatheredRows, true>,
                                          ProductLoader<S, P, Right, TILE::kThreads>>;
   static_assert(!kSums || Left::kChunks == Right::kChunks);  // a thread's chunks are of the same rows in both
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
