@@ -86,10 +86,10 @@ __device__ inline unsigned pair_bits(float low, float high, __nv_bfloat16) {
   return reinterpret_cast<const unsigned&>(pair);
 }
 
-// Stores strip i of a tile, 16 rows of every warp, at to[row * stride + column] as S, below the limits.
-template <class S, class TILE>
+// Stores strip i of a tile, 16 rows of every warp, at to[row_of(row) * stride + column] as S, below the limits.
+template <class S, class TILE, class RowOf = RowsAsTheyCome>
 __device__ inline void store_strip(const float (&c)[TILE::kTilesN][4], int i, S* to, int64_t stride, int rows,
-                                   int columns) {
+                                   int columns, const RowOf& row_of = {}) {
   const Place<TILE> at;
   const uint64_t bits = reinterpret_cast<uint64_t>(to) | static_cast<uint64_t>(stride) * sizeof(S);
 #pragma unroll
@@ -99,8 +99,8 @@ __device__ inline void store_strip(const float (&c)[TILE::kTilesN][4], int i, S*
 #pragma unroll
       for (int j = 0; j < TILE::kTilesN; ++j) {
         const int column = at.column(j, 0);
-        S* place = to + row * stride + column;
         if (row >= rows || column >= columns) continue;
+        S* place = to + row_of(row) * stride + column;
         if (bits % 8 == 0 && column + 2 <= columns) {
           *reinterpret_cast<float2*>(place) = float2{c[j][k], c[j][k + 1]};
         } else {
@@ -127,8 +127,8 @@ __device__ inline void store_strip(const float (&c)[TILE::kTilesN][4], int i, S*
         (quad & 2 ? word[j] : word[j + 2]) = got;
       }
       const int column = at.column0 + 8 * quad;
-      S* place = to + row * stride + column;
       if (row >= rows) continue;
+      S* place = to + row_of(row) * stride + column;
       if (bits % 16 == 0 && column + 8 <= columns) {
         *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
       } else {
@@ -159,38 +159,46 @@ __device__ inline void each_strip(float (&c)[TILE::kTilesM][TILE::kTilesN][4], B
   }
 }
 
+// z and y of a tile: bias_of(column) is added to its sums, and the activation taken.
+template <class S, class TILE, class BiasOf, class RowOf>
+__device__ inline void linear_store_output(const LinearTensors& a, int64_t offset, int rows, int columns,
+                                           const BiasOf& bias_of, const RowOf& row_of,
+                                           float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
+  const Place<TILE> at;
+  float bias[TILE::kTilesN][2] = {};
+#pragma unroll
+  for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int column = at.column(j, k);
+      if (column < columns) bias[j][k] = bias_of(column);
+    }
+  }
+  each_strip<TILE>(c, [&](int i, float (&strip)[TILE::kTilesN][4]) {
+#pragma unroll
+    for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) strip[j][k] += bias[j][k % 2];
+    }
+    if (a.z) store_strip<S, TILE>(strip, i, static_cast<S*>(a.z) + offset, a.columns, rows, columns, row_of);
+#pragma unroll
+    for (int j = 0; j < TILE::kTilesN; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) strip[j][k] = activate(a.activation, strip[j][k]);
+    }
+    store_strip<S, TILE>(strip, i, static_cast<S*>(a.out) + offset, a.columns, rows, columns, row_of);
+  });
+}
+
 template <class S, class TILE, LinearProduct PRODUCT>
 __device__ inline void linear_finish(const LinearTensors& a, const LinearPart& p,
                                      float (&c)[TILE::kTilesM][TILE::kTilesN][4]) {
   using Strip = float (&)[TILE::kTilesN][4];
   if constexpr (PRODUCT == LinearProduct::kForward) {
-    const Place<TILE> at;
     const int rows = static_cast<int>(a.batch) - p.row0, columns = p.columns - p.column0;
     const int first = p.columns0 + p.column0;
-    const int64_t offset = p.row0 * a.columns + first;
-    float bias[TILE::kTilesN][2] = {};
-#pragma unroll
-    for (int j = 0; j < TILE::kTilesN; ++j) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int column = at.column(j, k);
-        if (a.bias && column < columns) bias[j][k] = load_as_float(a.bias, a.bias_type, first + column);
-      }
-    }
-    each_strip<TILE>(c, [&](int i, Strip strip) {
-#pragma unroll
-      for (int j = 0; j < TILE::kTilesN; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) strip[j][k] += bias[j][k % 2];
-      }
-      if (a.z) store_strip<S, TILE>(strip, i, static_cast<S*>(a.z) + offset, a.columns, rows, columns);
-#pragma unroll
-      for (int j = 0; j < TILE::kTilesN; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) strip[j][k] = activate(a.activation, strip[j][k]);
-      }
-      store_strip<S, TILE>(strip, i, static_cast<S*>(a.out) + offset, a.columns, rows, columns);
-    });
+    const auto bias_of = [&](int column) { return a.bias ? load_as_float(a.bias, a.bias_type, first + column) : 0.0f; };
+    linear_store_output<S, TILE>(a, p.row0 * a.columns + first, rows, columns, bias_of, RowsAsTheyCome{}, c);
   } else if constexpr (PRODUCT == LinearProduct::kInput) {
     S* to = static_cast<S*>(a.out) + p.row0 * a.out_row + p.unit * a.features + p.column0;
     const int rows = static_cast<int>(a.batch) - p.row0, columns = static_cast<int>(a.features) - p.column0;
@@ -252,11 +260,12 @@ __global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks - (sizeof(S) == 
   using Panels = LinearPanels<S, TILE, PRODUCT>;
   using Left = typename Panels::Left;
   using Right = typename Panels::Right;
-  using LeftLoader = PanelLoader<S, Left, TILE::kThreads>;
+  using LeftLoader = PanelLoader<S, Left, TILE::kThreads, RowsAsTheyCome, true>;
+  using RightLoader = PanelLoader<S, Right, TILE::kThreads, RowsAsTheyCome, true>;
   auto* stages = reinterpret_cast<unsigned char*>(shared_memory);
   const LinearPart part = linear_part<TILE, PRODUCT>(a);
   const LeftLoader left(linear_left<S, PRODUCT>(a, part));
-  const PanelLoader<S, Right, TILE::kThreads> right(linear_right<S, PRODUCT>(a, part, left.from.depth));
+  const RightLoader right(linear_right<S, PRODUCT>(a, part, left.from.depth));
   const int steps = (left.from.depth + Left::kDepth - 1) / Left::kDepth;
   const bool copy_left = left.by_hardware();
   const bool sum_columns = PRODUCT == LinearProduct::kWeight && a.dbias && part.column0 == 0;

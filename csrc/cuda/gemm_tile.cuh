@@ -59,28 +59,43 @@ struct Operand {
   int size;  // rows or columns of the result that are left
 };
 
+// Which row of an operand in memory is row r of it, of a thread's chunk i: the same one.
+struct RowsAsTheyCome {
+  __device__ int operator()(int r) const { return r; }
+  __device__ int operator()(int, int r) const { return r; }
+};
+
 // Takes one operand's panels to shared memory. A thread moves the same kEach chunks of every panel. What does not go by
 // the hardware's copies passes through a thread's registers, at most a chunk a part of the step, so that few are held.
-template <class S, class PANEL, int THREADS>
+template <class S, class PANEL, int THREADS, class ROWS = RowsAsTheyCome, bool WORDS = false>
 struct PanelLoader {
   static constexpr int kVec = PANEL::kVec, kEach = PANEL::kRows * PANEL::kChunks / THREADS;
   using Chunk = Pack<S, kVec>;
-  struct Fetched {
-    Chunk data, saved;
+  // WORDS: a chunk lies in registers of four bytes. Numbers of 16 bits, held one by one, take a register each, and the
+  // thread waits for them as soon as they are loaded, to take them apart.
+  struct alignas(sizeof(Chunk)) Words {
+    uint32_t word[sizeof(Chunk) / 4];
   };
+  using Held = std::conditional_t<WORDS, Words, Chunk>;
+  struct Fetched {
+    Held data, saved;
+  };
+  __device__ static const Chunk& numbers(const Held& held) { return reinterpret_cast<const Chunk&>(held); }
   static_assert(kEach >= 1 && kEach <= kGemmParts);
 
   Operand<S> from;
-  bool aligned;  // every row starts at a multiple of 16 bytes
+  ROWS row_of;
+  bool aligned;  // every row starts at a multiple of a chunk's bytes
 
-  __device__ explicit PanelLoader(const Operand<S>& operand) : from(operand) {
+  __device__ explicit PanelLoader(const Operand<S>& operand, const ROWS& rows = {}) : from(operand), row_of(rows) {
     const uint64_t bits = reinterpret_cast<uint64_t>(from.data) | reinterpret_cast<uint64_t>(from.saved) |
                           static_cast<uint64_t>(from.stride) * sizeof(S);
-    aligned = bits % kChunkBytes == 0;
+    aligned = bits % sizeof(Chunk) == 0;
   }
 
-  __device__ static int row(int i) { return (static_cast<int>(threadIdx.x) + i * THREADS) / PANEL::kChunks; }
-  __device__ static int column(int i) { return (static_cast<int>(threadIdx.x) + i * THREADS) % PANEL::kChunks; }
+  // Unsigned, so that the compiler sees which chunks of a thread share their row's place or their column.
+  __device__ static int row(int i) { return static_cast<int>((threadIdx.x + i * THREADS) / PANEL::kChunks); }
+  __device__ static int column(int i) { return static_cast<int>((threadIdx.x + i * THREADS) % PANEL::kChunks); }
 
   // How many numbers of chunk i lie inside the operand, and where the first of them is.
   __device__ int locate(int step, int i, int64_t& offset) const {
@@ -89,7 +104,7 @@ struct PanelLoader {
     const int c = PANEL::kTrans ? column(i) * kVec : depth0 + column(i) * kVec;
     const int columns = PANEL::kTrans ? from.size : from.depth;
     if (r >= rows || c >= columns) return 0;
-    offset = r * from.stride + c;
+    offset = row_of(i, r) * from.stride + c;
     return columns - c < kVec ? columns - c : kVec;
   }
 
@@ -105,12 +120,20 @@ struct PanelLoader {
     }
   }
 
-  __device__ Chunk read(const S* at, int inside) const {
-    if (aligned && inside == kVec) return *reinterpret_cast<const Chunk*>(at);
-    Chunk chunk;
+  __device__ Held read(const S* at, int inside) const {
+    if (aligned && inside == kVec) return *reinterpret_cast<const Held*>(at);
+    using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>;
+    Held held{};
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) chunk.value[e] = e < inside ? at[e] : from_float<S>(0.0f);
-    return chunk;
+    for (int e = 0; e < kVec; ++e) {
+      if constexpr (WORDS) {
+        const int byte = e * static_cast<int>(sizeof(S));
+        if (e < inside) held.word[byte / 4] |= uint32_t{reinterpret_cast<const Bits*>(at)[e]} << 8 * (byte % 4);
+      } else {
+        held.value[e] = e < inside ? at[e] : from_float<S>(0.0f);
+      }
+    }
+    return held;
   }
 
   __device__ void fetch(int step, int i, Fetched& to) const {
@@ -121,11 +144,11 @@ struct PanelLoader {
   }
 
   __device__ void put(const Fetched& fetched, Activation activation, int i, unsigned char* panel) const {
-    Chunk chunk = fetched.data;
+    Chunk chunk = numbers(fetched.data);
     if (from.saved) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        const float grad = to_float(chunk.value[e]), saved = to_float(fetched.saved.value[e]);
+        const float grad = to_float(chunk.value[e]), saved = to_float(numbers(fetched.saved).value[e]);
         chunk.value[e] = from_float<S>(activation_gradient(activation, grad, saved));
       }
     }

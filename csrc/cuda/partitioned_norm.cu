@@ -1,10 +1,9 @@
 // partitioned_norm and its backward on CUDA tensors: checks, grouping, allocation, launch.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <tuple>
 
-#include "glue.h"
+#include "domain_groups_glue.h"
 #include "partitioned_norm_launch.cuh"
 
 namespace mtl {
@@ -15,15 +14,6 @@ int bytes_of(Scalar type) { return type == Scalar::f32 ? 4 : 2; }
 
 Tensor with_contiguous_last(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// Sorted ids, and the rows in their order; equal ids keep theirs.
-std::tuple<Tensor, Tensor> sort(const Tensor& ids) {
-  namespace convert = torch::stable::detail;
-  std::array<StableIValue, 4> stack{convert::from(ids), convert::from(std::optional<bool>(true)),
-                                    convert::from(int64_t{0}), convert::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {convert::to<Tensor>(stack[0]), convert::to<Tensor>(stack[1])};
 }
 
 // The inputs that forward and backward share, and what the kernels are told about them.
@@ -88,14 +78,7 @@ struct Call {
 
   // Sorts the ids, finds the buckets and makes room for the chunks' results.
   void group(cudaStream_t stream) {
-    const auto [ids, order] = sort(domain);
-    keep.push_back(ids);
-    keep.push_back(order);
-    args.order = static_cast<const int64_t*>(order.const_data_ptr());
-    args.bound = room<int64_t>({args.domains + 3}, ScalarType::Long);
-    GroupedNormArgs sorted = args;
-    sorted.ids = ids.const_data_ptr();
-    launch_norm_bounds(sorted, stream);
+    group_by_domain(args, domain, keep, stream);
     plan_norm(args, norm_vec(args, bytes_of(type)));
     args.partial = room<float>({args.slots, 2, args.width}, ScalarType::Float);
   }

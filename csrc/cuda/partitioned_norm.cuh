@@ -1,15 +1,13 @@
 // partitioned_norm on a GPU. Rows are grouped by domain, so that a block works on rows of one domain.
 //
-// A stable sort of the ids groups the rows; nothing goes back to the host. Bucket 0 holds rows with a negative id,
-// bucket p + 1 those of domain p, the last one those with an id of P or more. A bucket's rows are cut into chunks of R,
-// and chunk k of bucket q gets slot begin[q] / R + q + k: no two chunks share one, there are at most B / R + P + 2, and
-// so the grid needs no counts. Partial results take memory a slot, not a block and domain. No atomics: the order of
-// every sum is fixed by the ids and the shape.
+// Partial results take memory a slot of domain_groups.cuh, not a block and domain. No atomics: the order of every sum
+// is fixed by the ids and the shape.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "domain_groups.cuh"
 #include "scalar.cuh"
 
 namespace mtl {
@@ -22,14 +20,10 @@ template <int VEC>
 constexpr int kNormFlightOfTwo = VEC == 8 ? 2 : 4;
 constexpr int kMergeColumns = 32, kMergeSlices = 8;
 
-struct GroupedNormArgs {
-  int64_t batch, width, domains;
+struct GroupedNormArgs : DomainGroups {
+  int64_t width;
   const void *x, *grad;  // columns contiguous, row strides in elements
   int64_t x_row, grad_row;
-  const void* ids;  // as they come, or, for the bounds, sorted
-  bool wide_ids;    // int64, else int32
-  const int64_t* order;
-  int64_t* bound;  // [P + 3], where each bucket begins in order; the last is B
   const void *weight, *bias, *own_weight, *own_bias, *running_mean, *running_var;
   Scalar affine_type, running_type;
   float *mean, *var;
@@ -46,25 +40,6 @@ struct GroupedNormArgs {
   int64_t rows, slots, tiles;
 };
 
-__device__ inline int64_t norm_id(const GroupedNormArgs& a, int64_t i) {
-  return a.wide_ids ? static_cast<const int64_t*>(a.ids)[i] : static_cast<const int*>(a.ids)[i];
-}
-
-static __global__ void __launch_bounds__(kNormThreads) norm_bounds_kernel(const __grid_constant__ GroupedNormArgs a) {
-  const int64_t q = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x;
-  if (q >= a.domains + 3) return;
-  int64_t low = q == a.domains + 2 ? a.batch : 0, high = q == 0 ? 0 : a.batch;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (norm_id(a, middle) < q - 1) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  a.bound[q] = low;
-}
-
 // The work of a block: rows order[start, stop) of a bucket, and this thread's columns from d on.
 struct NormChunk {
   int64_t slot, bucket, start, stop, d;
@@ -78,23 +53,12 @@ __device__ inline NormChunk norm_chunk(const GroupedNormArgs& a) {
   c.way = threadIdx.x / a.lanes;
   c.slot = blockIdx.x / a.tiles;
   c.d = (blockIdx.x % a.tiles * a.lanes + c.lane) * VEC;
-  int64_t low = 0, high = a.domains + 1;  // the last bucket whose first slot is not beyond this one
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (a.bound[middle] / a.rows + middle <= c.slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  c.bucket = low;
-  c.start = a.bound[low] + (c.slot - a.bound[low] / a.rows - low) * a.rows;
-  const int64_t end = a.bound[low + 1];
-  c.stop = c.start + a.rows < end ? c.start + a.rows : end;
+  const DomainChunk chunk = domain_chunk(a, a.rows, c.slot);
+  c.bucket = chunk.bucket;
+  c.start = chunk.start;
+  c.stop = chunk.stop;
   return c;
 }
-
-__device__ inline bool norm_known(const GroupedNormArgs& a, int64_t p) { return p >= 0 && p < a.domains; }
 
 // f(rows, n) for this thread's rows of a chunk, up to N at a time.
 template <int N, class F>
@@ -129,7 +93,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) norm_statistics_kernel(const 
   const NormChunk c = norm_chunk<VEC>(a);
   const int64_t begin = a.bound[c.bucket];
   // The same for the whole block.
-  if (c.start >= c.stop || !norm_known(a, c.bucket - 1) || a.bound[c.bucket + 1] - begin < 2) return;
+  if (c.start >= c.stop || !known_domain(a, c.bucket - 1) || a.bound[c.bucket + 1] - begin < 2) return;
   float* means = reinterpret_cast<float*>(shared_memory);  // [ways][lanes][VEC]
   float* squares = means + a.ways * a.lanes * VEC;
   const int mine = (c.way * a.lanes + c.lane) * VEC;
@@ -275,7 +239,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) norm_forward_kernel(const __g
 #pragma unroll
   for (int k = 0; k < VEC; ++k) {
     move[k] = NAN;  // rows of no domain
-    if (!norm_known(a, c.bucket - 1)) continue;
+    if (!known_domain(a, c.bucket - 1)) continue;
     const NormColumn column = norm_column(a, c.bucket - 1, c.d + k);
     mean[k] = column.mean;
     scale[k] = column.scale;
@@ -301,9 +265,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const __grid_co
   const int64_t begin = blockIdx.x / a.tiles * a.rows, end = begin + a.rows < a.batch ? begin + a.rows : a.batch;
   if (d >= a.width) return;
   for (int64_t row = begin + threadIdx.x / a.lanes; row < end; row += a.ways) {
-    const int64_t p = norm_id(a, row);
+    const int64_t p = domain_id(a, row);
     float y = NAN;
-    if (norm_known(a, p)) {
+    if (known_domain(a, p)) {
       const NormColumn column = norm_column(a, p, d);
       const float x = to_float(static_cast<const S*>(a.x)[row * a.x_row + d]);
       y = (x - column.mean) * column.scale + norm_move(a, p, d);

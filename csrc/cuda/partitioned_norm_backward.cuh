@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(kNormThreads, 2) norm_sums_kernel(const __grid
   extern __shared__ float4 shared_memory[];
   constexpr int kFlight = kNormFlightOfTwo<VEC>;
   const NormChunk c = norm_chunk<VEC>(a);
-  if (c.start >= c.stop || !norm_known(a, c.bucket - 1)) return;  // the same for the whole block
-  float* totals = reinterpret_cast<float*>(shared_memory);        // [ways][lanes][VEC]
+  if (c.start >= c.stop || !known_domain(a, c.bucket - 1)) return;  // the same for the whole block
+  float* totals = reinterpret_cast<float*>(shared_memory);          // [ways][lanes][VEC]
   float* products = totals + a.ways * a.lanes * VEC;
   const int mine = (c.way * a.lanes + c.lane) * VEC;
   const bool inside = c.d < a.width;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) norm_backward_kernel(const __
   const NormChunk c = norm_chunk<VEC>(a);
   if (c.start >= c.stop || c.d >= a.width) return;
   const int64_t p = c.bucket - 1;
-  const bool known = norm_known(a, p), batch = known && a.training && a.count[p] >= 2;
+  const bool known = known_domain(a, p), batch = known && a.training && a.count[p] >= 2;
   float mean[VEC] = {}, scale[VEC] = {}, slope[VEC] = {}, middle[VEC] = {};
 #pragma unroll
   for (int k = 0; k < VEC; ++k) {

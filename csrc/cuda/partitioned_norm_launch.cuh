@@ -28,17 +28,12 @@ inline void plan_norm(GroupedNormArgs& a, int vec) {
   a.tiles = (vectors + a.lanes - 1) / a.lanes;
   a.rows = (a.batch + kChunks - 1) / kChunks;
   if (a.rows < kLeast) a.rows = kLeast;
-  a.slots = a.batch / a.rows + a.domains + 2;
+  a.slots = domain_slots(a, a.rows);
 }
 
 // At least one block a domain: it counts the rows, also where there are no columns.
 inline int64_t merge_blocks(const GroupedNormArgs& a) {
   return a.domains * (a.width > 0 ? (a.width + kMergeColumns - 1) / kMergeColumns : 1);
-}
-
-template <class Stream>
-void launch_norm_bounds(const GroupedNormArgs& a, Stream stream) {
-  MTL_LAUNCH(norm_bounds_kernel, (a.domains + 3 + kNormThreads - 1) / kNormThreads, kNormThreads, 0, stream, a);
 }
 
 #define MTL_NORM_CHUNKS(kernel, floats)                                                                  \

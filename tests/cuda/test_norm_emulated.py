@@ -206,6 +206,6 @@ def test_every_barrier_matters() -> None:
 
 
 def test_a_wrong_index_is_noticed() -> None:
-    wrong = build("norm", ("partitioned_norm.cuh", "a.bound[low] / a.rows - low) * a.rows",
-                           "a.bound[low] / a.rows - low) * a.rows + 1"))  # fmt: skip
+    wrong = build("norm", ("domain_groups.cuh", "a.bound[low] / rows - low) * rows",
+                           "a.bound[low] / rows - low) * rows + 1"))  # fmt: skip
     assert noticed(wrong, SENSITIVE)

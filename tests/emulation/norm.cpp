@@ -65,9 +65,9 @@ struct Groups {
 
   Groups(const Problem& p, mtl::GroupedNormArgs& a) : bound(p.domains + 3, -1) {
     a.bound = bound.data();
-    mtl::GroupedNormArgs sorted = a;
+    mtl::DomainGroups sorted = a;
     sorted.ids = pointer<void>(p.sorted);
-    mtl::launch_norm_bounds(sorted, 0);
+    mtl::launch_domain_bounds(sorted, 0);
     mtl::plan_norm(a, mtl::norm_vec(a, p.type == static_cast<int64_t>(mtl::Scalar::f32) ? 4 : 2));
     if (p.rows) {
       a.rows = p.rows;

@@ -16,3 +16,4 @@
 #include "mix.cu"
 #include "partitioned_norm.cu"
 #include "snr_linear.cu"
+#include "star_linear.cu"
