@@ -113,6 +113,34 @@ void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int6
   if (out.stream) streamed();
 }
 
+template <class S, class P = SumOf<S>>
+void multiply_turned(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output& out) {
+  using C = typename Packed<P>::Sum;
+  constexpr int width = kTileCols<C>;
+  alignas(kVectorBytes) C tile[kTileRows * width], turned[width * kTurnedTiles * kTileRows];
+  const C *bias = static_cast<const C*>(out.bias), *lines[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) lines[i] = tile + i * width;
+  for (int64_t c = 0; c < cols; c += width) {
+    const int64_t n = std::min<int64_t>(width, cols - c);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const P *ap = static_cast<const P*>(a) + r * depth, *bp = static_cast<const P*>(b) + c * depth;
+      // With few columns half of the sums are enough.
+      if (n <= kLanes<C>)
+        multiply_tile<Layout::kRows, P, C, 1>(depth, ap, depth, bp, tile, width, false);
+      else
+        multiply_tile<Layout::kRows>(depth, ap, depth, bp, tile, width, false);
+      turn(lines, n, turned + r, kTurnedTiles * kTileRows);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      C* sums = turned + j * kTurnedTiles * kTileRows;
+      for (int64_t i = 0; bias && i < rows; ++i) sums[i] += bias[i];
+      if (out.z) narrow(sums, static_cast<S*>(out.z) + (c + j) * out.stride, rows);
+      activate(out.activation, sums, rows);
+      narrow(sums, static_cast<S*>(out.y) + (c + j) * out.stride, rows);
+    }
+  }
+}
+
 template <Layout layout, class P>
 void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Sums& sums) {
   using C = typename Packed<P>::Sum;
@@ -144,7 +172,7 @@ void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_
 }
 
 template <class C>
-void turn(const void* rows, int64_t depth, int64_t cols, void* panels) {
+void turned_panels(const void* rows, int64_t depth, int64_t cols, void* panels) {
   turn_rows(static_cast<const C*>(rows), depth, cols, static_cast<C*>(panels));
 }
 
@@ -158,19 +186,21 @@ void add_rows(const void* rows, int64_t n, int64_t cols, void* sums) {
 
 template <class S>
 constexpr PackKernels pack_kernels() {
-  return {rows_of<S>, rows_to_panels<S>, columns_to_panels<S>, widen_row<S>, narrow_row<S>, multiply<S>};
+  return {rows_of<S>,    rows_to_panels<S>, columns_to_panels<S>, widen_row<S>,
+          narrow_row<S>, multiply<S>,       multiply_turned<S>};
 }
 
 template <class C>
 constexpr SumKernels sum_kernels() {
-  return {kTileCols<C>, accumulate<Layout::kRows, C>, accumulate<Layout::kPanel, C>, turn<C>, add_rows<C>, add_rows<C>};
+  return {kTileCols<C>, accumulate<Layout::kRows, C>, accumulate<Layout::kPanel, C>, turned_panels<C>, add_rows<C>,
+          add_rows<C>};
 }
 
 #if defined(__AVX512BF16__)
-constexpr PairKernels pair_kernels = {
-    {pair_rows, pair_rows_wide, pair_columns_wide, widen_row<BFloat16>, narrow_row<BFloat16>, multiply<BFloat16, Pair>},
-    {kTileCols<float>, accumulate<Layout::kRows, Pair>, accumulate<Layout::kPanel, Pair>, turn_pairs, add_rows<float>,
-     add_pairs}};
+constexpr PairKernels pair_kernels = {{pair_rows, pair_rows_wide, pair_columns_wide, widen_row<BFloat16>,
+                                       narrow_row<BFloat16>, multiply<BFloat16, Pair>, multiply_turned<BFloat16, Pair>},
+                                      {kTileCols<float>, accumulate<Layout::kRows, Pair>,
+                                       accumulate<Layout::kPanel, Pair>, turn_pairs, add_rows<float>, add_pairs}};
 constexpr const PairKernels* pairs = &pair_kernels;
 #else
 constexpr const PairKernels* pairs = nullptr;
