@@ -65,7 +65,7 @@ def test_no_ratio_where_the_check_fails(monkeypatch):
     def wrong(ours):
         found = right.rival(ours)
         with torch.no_grad():
-            found.gates[0][1].bias += 0.1
+            found.gates[0][1].bias[0] += 0.1
         return found
 
     entry = dataclasses.replace(right, rival=wrong, parameters="0")
@@ -74,6 +74,28 @@ def test_no_ratio_where_the_check_fails(monkeypatch):
     assert row["ratio"] == {"plain": None} and row["parameters"]["formula"] == 0
     row["about"] = papers.about("MMoE")
     assert "check FAILED" in report.architecture_markdown([row])
+
+
+@pytest.mark.parametrize("name", ["SharedBottom", "STAR", "MTAN", "ESMM"])
+def test_no_row_is_near_a_kink(name):
+    sizes = dataclasses.replace(TINY, B=300, N=64)
+    found = architectures.contestants(name, sizes, torch.float64, "cpu", False)["plain"]
+    torch.manual_seed(architectures.SEED)
+    with torch.no_grad(), architectures.Kinks(sizes.B) as kinks:
+        found.call(found.x)
+    assert not kinks.near.any()
+    with torch.no_grad(), architectures.Kinks(sizes.B, margin=0.01) as kinks:
+        found.call(found.x)
+    assert 0 < kinks.near.sum() < sizes.B
+
+
+def test_rows_near_a_kink_are_found_and_replaced():
+    x = torch.tensor([[1.0], [1e-6], [-2.0], [0.5], [-1e-7], [3.0]])
+    assert architectures.away_from_kinks(torch.relu, x).flatten().tolist() == [1.0, 1.0, -2.0, 0.5, -2.0, 3.0]
+    with architectures.Kinks(6) as kinks:
+        torch.relu(x.index_select(0, torch.tensor([4, 3, 1, 0])))
+        torch.relu(torch.ones(12, 2))
+    assert kinks.near.nonzero().flatten().tolist() == [1, 4]
 
 
 def test_a_compiled_network_stands_beside(monkeypatch):
