@@ -43,11 +43,11 @@ def contestants(name: str, sizes: Sizes, dtype: torch.dtype, device: str, compil
     rival = found.rival(ours)
     extras = tuple(t.to(device) for t in found.extras(sizes))
     x = torch.randn(sizes.B, sizes.K).to(device, dtype)
-    exact = copy.deepcopy(rival).double()
-    x = away_from_kinks(lambda x: exact(x.double(), *extras), x)
     run = found.run or nn.Module.__call__
     with torch.no_grad():
         grad = torch.randn_like(run(ours, x, *extras))
+    exact = copy.deepcopy(rival).double()
+    x, grad = away_from_kinks(lambda x: exact(x.double(), *extras), x, grad)
     calls = {OURS: (ours, lambda x: run(ours, x, *extras)), PLAIN: (rival, lambda x: rival(x, *extras))}
     if compiled:
         torch._dynamo.reset()
@@ -77,17 +77,20 @@ class Kinks(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def away_from_kinks(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """x with copies of other rows for those near a ReLU's kink, where a gradient is there or not as rounding falls."""
-    for _ in range(5):  # copies can be near one too, in another domain or by a batch norm's new statistics
-        torch.manual_seed(SEED)
-        with torch.no_grad(), Kinks(len(x)) as kinks:
-            network(x)
-        near, clear = kinks.near.nonzero().flatten(), (~kinks.near).nonzero().flatten()
-        if not 0 < len(near) <= len(clear):
-            break
-        x = x.index_copy(0, near.to(x.device), x[clear[: len(near)].to(x.device)])
-    return x
+def away_from_kinks(network: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """x and grad, with no gradient from above for rows near a ReLU's kink, where it is there or not as rounding falls.
+
+    Where grad is that of a loss, these rows of x are copies of others.
+    """
+    torch.manual_seed(SEED)
+    with torch.no_grad(), Kinks(len(x)) as kinks:
+        network(x)
+    near = kinks.near.to(x.device)
+    if grad.dim():
+        return x, grad.masked_fill(near.view(-1, *[1] * (grad.dim() - 1)), 0)
+    x = x.clone()
+    x[near] = x[~near][: int(near.sum())]
+    return x, grad
 
 
 def results(contestant: Contestant) -> dict[str, Tensor]:

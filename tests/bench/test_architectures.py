@@ -77,21 +77,28 @@ def test_no_ratio_where_the_check_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SharedBottom", "STAR", "MTAN", "ESMM"])
-def test_no_row_is_near_a_kink(name):
+def test_no_gradient_hangs_on_a_kink(name):
     sizes = dataclasses.replace(TINY, B=300, N=64)
     found = architectures.contestants(name, sizes, torch.float64, "cpu", False)["plain"]
-    torch.manual_seed(architectures.SEED)
-    with torch.no_grad(), architectures.Kinks(sizes.B) as kinks:
-        found.call(found.x)
-    assert not kinks.near.any()
-    with torch.no_grad(), architectures.Kinks(sizes.B, margin=0.01) as kinks:
-        found.call(found.x)
-    assert 0 < kinks.near.sum() < sizes.B
+    near = {}
+    for margin in (1e-5, 1e-2):
+        torch.manual_seed(architectures.SEED)
+        with torch.no_grad(), architectures.Kinks(sizes.B, margin) as kinks:
+            found.call(found.x)
+        near[margin] = kinks.near
+    assert 0 < near[1e-2].sum() < sizes.B
+    if name == "ESMM":
+        assert not near[1e-5].any()
+    else:
+        assert torch.equal(near[1e-5], found.grad.flatten(1).eq(0).all(1) if found.grad.dim() > 1 else found.grad == 0)
 
 
-def test_rows_near_a_kink_are_found_and_replaced():
-    x = torch.tensor([[1.0], [1e-6], [-2.0], [0.5], [-1e-7], [3.0]])
-    assert architectures.away_from_kinks(torch.relu, x).flatten().tolist() == [1.0, 1.0, -2.0, 0.5, -2.0, 3.0]
+def test_rows_near_a_kink_are_found():
+    x, grad = torch.tensor([[1.0], [1e-6], [-2.0], [0.5], [-1e-7], [3.0]]), torch.ones(6, 2)
+    same, kept = architectures.away_from_kinks(torch.relu, x, grad)
+    assert same is x and kept.sum(1).tolist() == [2, 0, 2, 2, 0, 2]
+    clear, kept = architectures.away_from_kinks(torch.relu, x, torch.ones(()))
+    assert clear.flatten().tolist() == [1.0, 1.0, -2.0, 0.5, -2.0, 3.0] and kept == 1
     with architectures.Kinks(6) as kinks:
         torch.relu(x.index_select(0, torch.tensor([4, 3, 1, 0])))
         torch.relu(torch.ones(12, 2))
