@@ -180,7 +180,7 @@ def main() -> int:
             args.out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut off leaves what it has
         console.print(report.architecture_table([row for row in result["rows"] if row["dtype"] == dtype]))
     if args.markdown:
-        print(report.architecture_markdown(result["rows"]))
+        print(report.architecture_markdown(result["rows"]), options["sizes"].legend, sep="\n\n")
     console.print(f"{args.out}, {time.perf_counter() - began:.0f} s")
     rows = result["rows"]
     wrong = [row for row in rows if not all(check["ok"] for check in row["check"].values())]

@@ -20,7 +20,7 @@ class Sizes:
     """What is measured by default.
 
     B rows, K inputs, widths N and D, T tasks; E experts of MMoE, m own ones a task and s shared; J sub-networks, or
-    blocks of a level; P domains; S subspaces; R modules of soft ordering.
+    blocks of a level; P domains; S subspaces; R modules of soft ordering. M = T*m + s.
     """
 
     B: int = 4096
@@ -36,6 +36,12 @@ class Sizes:
     S: int = 2
     R: int = 3
 
+    @property
+    def legend(self) -> str:
+        """What the letters of the formulas mean, and their values."""
+        letters = " ".join(inspect.cleandoc(type(self).__doc__).split("\n\n")[1].split())
+        return f"{letters} Measured: {', '.join(f'{name}={size}' for name, size in asdict(self).items())}."
+
 
 TINY = Sizes(B=24, K=7, N=6, D=4, T=3, E=5, J=2, P=3, R=2)
 
@@ -48,7 +54,7 @@ class Architecture:
         paper: where its equations are.
         make: our network.
         rival: makes the plain network with the numbers of ours.
-        parameters: a formula of the sizes; M is the number of experts, T*m + s.
+        parameters: a formula of the sizes.
         extras: what the networks take beside x.
         run: one call of ours; None calls it with x and the extras.
     """

@@ -128,6 +128,7 @@ def test_the_command_writes_and_prints(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     markdown = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(markdown) == 4 and {line.count(" | ") for line in markdown} == {6}
+    assert "R modules of soft ordering" in printed and "K=7" in printed
     monkeypatch.setattr(sys, "argv", ["architectures", "--only", "Nonsense"])
     with pytest.raises(SystemExit):
         architectures.main()
