@@ -25,7 +25,7 @@ def main() -> int:
         return 0
     print("python -m bench NAME ..., one of")
     for name, what in programs().items():
-        print(f"  {name:<12} {what}")
+        print(f"  {name:<14} {what}")
     return 2
 
 

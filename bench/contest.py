@@ -195,7 +195,11 @@ def _double(level: Level) -> Level:
 
 def check(contestant: Contestant, expected: dict[str, Tensor], dtype: torch.dtype) -> Check:
     """Compares a variant's results with those of `truth`; a missing result counts as an infinite error."""
-    found = results(contestant)
+    return compare(results(contestant), expected, dtype)
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> Check:
+    """The output and the worst of the rest against `expected`, within the limits of `dtype`."""
     errors = {k: relative_error(found[k], v) if k in found else float("inf") for k, v in expected.items()}
     output = errors.pop("output")
     worst = max(errors, key=errors.__getitem__)
@@ -204,26 +208,31 @@ def check(contestant: Contestant, expected: dict[str, Tensor], dtype: torch.dtyp
 
 
 def check_all(task: Task, contestants: dict[str, Contestant]) -> tuple[dict[str, Check], dict[str, float]]:
-    """Checks every contestant and says how many seconds its first step took (torch.compile compiles in it).
+    """Checks every contestant, and says how many seconds its first step took; see `first_steps`."""
+    expected = truth(task, contestants[OURS].levels(value))
+    first = first_steps(contestants, task)
+    return {name: check(found, expected, task.torch_dtype) for name, found in contestants.items()}, first
+
+
+def first_steps(contestants: dict[str, Contestant], what: object) -> dict[str, float]:
+    """How many seconds each contestant's first step takes (torch.compile compiles in it).
 
     A contestant that torch.compile cannot compile here is taken out of `contestants`; RuntimeError names any other
-    that fails.
+    that fails, and `what` it should have run.
     """
-    expected = truth(task, contestants[OURS].levels(value))
-    checks, first = {}, {}
+    first = {}
     for name, contestant in list(contestants.items()):
         start = time.perf_counter()
         try:
             contestant.step()
         except Exception as error:  # no C++ compiler, a Python it does not know: whatever keeps Inductor from working
             if name != COMPILED:
-                raise RuntimeError(f"{name} failed on {task}") from error
+                raise RuntimeError(f"{name} failed on {what}") from error
             print(f"torch.compile cannot compile the network here, and is left out: {str(error).splitlines()[0]}")
             del contestants[name]
             continue
         first[name] = time.perf_counter() - start
-        checks[name] = check(contestant, expected, task.torch_dtype)
-    return checks, first
+    return first
 
 
 def step_memory(variant: str, task: Task) -> float | None:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.contest import OURS
+from bench.contest import COMPILED, OURS
 from bench.parts import PLAIN
 from bench.subjects import FORMULA
 from bench.timing import NOISE_LIMIT, is_noisy
@@ -135,3 +135,51 @@ def tile_table(rows: list[dict[str, Any]]) -> Table:
         gain = ("~" if row["gain"] - 1 <= row["control_difference"] else "") + f"{row['gain']:.2f}x"
         table.add_row(*start, "/".join(map(str, row["best"])), f"{best:.4f}", gain, tried)
     return table
+
+
+def architecture_table(rows: list[dict[str, Any]]) -> Table:
+    """Every architecture's training step beside the plain network's; one dtype."""
+    noise = sum(is_noisy(row["control_difference"]) for row in rows)
+    sizes, dtype = rows[0]["sizes"], rows[0]["dtype"]
+    title = f"training step, {dtype}: B={sizes['B']}, {sizes['K']} inputs with gradient, {sizes['T']} tasks"
+    caption = f"{noise} of {len(rows)} rows are noisy (~): ours timed twice differs by more than {NOISE_LIMIT:.0%}"
+    table = Table(title=title, caption=caption)
+    rivals = [name for name in ("plain", COMPILED) if any(name in row["ms"] for row in rows)]
+    heads = ["ours\nms", *(head for name in rivals for head in (f"{name}\nms", "time /\nours")), "parameters"]
+    for head in ("architecture", *heads, "check"):
+        table.add_column(head, justify="right" if head in heads else "left", no_wrap=True)
+    for row in rows:
+        ms, check, counts = row["ms"], row["check"], row["parameters"]
+        cells = [f"{'~' if is_noisy(row['control_difference']) else ''}{ms[OURS]['median']:.2f}"]
+        for name in rivals:
+            cells += [f"{ms[name]['median']:.2f}" if name in ms else "", _ratio(row["ratio"], name)]
+        agrees = len(set(counts.values())) == 1
+        cells.append(f"{counts[OURS]:,}" + ("" if agrees else f" NOT {counts['formula']:,}"))
+        bad = [
+            f"{who}: output {c['output']:.0e}, {c['worst']} {c['gradient']:.0e}"
+            for who, c in check.items()
+            if not c["ok"]
+        ]
+        table.add_row(row["architecture"], *cells, "\n".join(bad) or "ok")
+    return table
+
+
+def architecture_markdown(rows: list[dict[str, Any]]) -> str:
+    """The README's table: what there is, by which paper, how long, held by what, how much faster."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    heads = ["architecture", "paper", "file", "checked against", *(f"step, {d}" for d in dtypes), "parameters"]
+    lines = [heads, ["---"] * len(heads)]
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        own = {row["dtype"]: row for row in rows if row["architecture"] == name}
+        about = next(iter(own.values()))["about"]
+        links = [f"[{path.rsplit('/', 1)[1]}]({path})" for path in (about["file"], about["test"])]
+        cells = [name, about["paper"], f"{links[0]}, {about['lines']} lines", links[1]]
+        cells += [_ratios(own[dtype]) if dtype in own else "" for dtype in dtypes]
+        lines.append([*cells, f"`{about['formula']}`"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _ratios(row: dict[str, Any]) -> str:
+    noisy = "~" if is_noisy(row["control_difference"]) else ""
+    compiled = f" ({_ratio(row['ratio'], COMPILED)} compiled)" if COMPILED in row["ratio"] else ""
+    return noisy + _ratio(row["ratio"], "plain") + compiled

@@ -67,7 +67,7 @@ class PerExpert(nn.Module):
             nn.ModuleList(_mlp(level, e) for e in range(level.gate_bias.shape[1])) for level in levels
         )
         self.gates = nn.ModuleList(
-            nn.ModuleList(_linear(w, b) for w, b in zip(level.gate_weight, level.gate_bias, strict=True))
+            nn.ModuleList(linear(w, b) for w, b in zip(level.gate_weight, level.gate_bias, strict=True))
             for level in levels
         )
         self.native = nn.ParameterList(
@@ -173,18 +173,21 @@ class Batched(nn.Module):
         return self.gate_bias[k].shape[2] > self.gate_bias[k].shape[0]
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer with the numbers of weight [N,K] and bias [N]."""
+    n, k = weight.shape
+    layer = nn.Linear(k, n, bias=bias is not None, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+        if bias is not None:
+            layer.bias.copy_(bias)
     return layer
 
 
 def _mlp(level: Level, expert: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for weight, bias in zip(level.weight, level.bias, strict=True):
-        layers += [_linear(weight[expert], bias[expert]), nn.ReLU()]
+        layers += [linear(weight[expert], bias[expert]), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
