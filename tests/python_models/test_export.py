@@ -112,3 +112,32 @@ def test_exports_with_any_batch(name, backend):
         batch = batch_of(network, size)
         torch.testing.assert_close(run(*batch), network(*batch))
     assert set(program.state_dict) == set(network.state_dict())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_no_operators_of_ours_for_onnx(monkeypatch, strict):
+    """torch.onnx.export, which says when it is at work, gets torch's own operators by itself."""
+    network = NETWORKS["adatt"]()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert namespaces(torch.export.export(network, batch_of(network, 3), strict=strict)) == {"aten"}
+    with mtl.use_backend("native"):
+        if _library.loaded():
+            assert "mtlkernels" in namespaces(torch.export.export(network, batch_of(network, 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = NETWORKS[name]().eval()
+    batch, rows = batch_of(network, 3), torch.export.Dim("rows")
+    torch.onnx.export(network, batch, tmp_path / "network.onnx", dynamic_shapes=tuple({0: rows} for _ in batch))
+    session = runtime.InferenceSession(tmp_path / "network.onnx")
+    for size in (1, 7):
+        batch = batch_of(network, size)
+        found = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), batch, strict=True)})
+        expected = network(*batch)
+        expected = list(expected.values()) if isinstance(expected, dict) else [expected]
+        torch.testing.assert_close([torch.from_numpy(y) for y in found], [y.detach() for y in expected])
