@@ -16,10 +16,10 @@ from python_models import PLE, STAR, AdaTT, MMoE, MultiTaskModel, SNRTrans, Towe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/serving.md").read_text()
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-needs_compiler = pytest.mark.skipif(
-    not _library.loaded() or not CXX or sys.platform != "linux", reason="needs the compiled library and a C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _library.loaded() or not shutil.which("c++"), reason="needs the library and a compiler"),
+]
 
 
 def blocks(language):
@@ -45,8 +45,6 @@ def served(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@needs_compiler
 def test_the_page(served):
     (found,), (expected,) = torch.load(served / "outputs.pt"), torch.load(served / "expected.pt")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -75,8 +73,6 @@ NETWORKS = {
 }
 
 
-@pytest.mark.slow
-@needs_compiler
 @pytest.mark.parametrize("name", NETWORKS)
 def test_packages(served, tmp_path, name):
     """At batch sizes other than the exported one, in an empty environment."""
@@ -100,8 +96,6 @@ def test_packages(served, tmp_path, name):
             torch.testing.assert_close(found, network(*inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@needs_compiler
 def test_refusals(served, tmp_path):
     """The program ends with a word on what is wrong, and not with a wrong output."""
     program, library = str(served / "run_package"), mtl.build_info()["library"]

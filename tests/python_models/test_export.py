@@ -114,6 +114,15 @@ def test_exports_with_any_batch(name, backend):
     assert set(program.state_dict) == set(network.state_dict())
 
 
+def test_save_and_load(tmp_path):
+    network = NETWORKS["ple"]().eval()
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(network, batch_of(network, 3), dynamic_shapes=({0: rows},))
+    torch.export.save(program, tmp_path / "network.pt2")
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(torch.export.load(tmp_path / "network.pt2").module()(x), network(x))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_no_operators_of_ours_for_onnx(monkeypatch, strict):
     """torch.onnx.export, which says when it is at work, gets torch's own operators by itself."""
