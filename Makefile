@@ -28,7 +28,7 @@ PY := $(VENV)/bin/python3
 PIP := $(PY) -m pip install -qq --no-warn-script-location
 STAMP := $(VENV)/.mtlkernels
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
-CXX_FILES = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
+CXX_FILES = $(shell find csrc tests/emulation docs -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 # What the project and its extras ask for, but torch, which is there, and triton, which has to fit it.
 PACKAGES := import importlib.metadata as m; \
   print(*{r.split(";")[0] for r in m.requires("mtlkernels") if "torch" not in r and "triton" not in r})

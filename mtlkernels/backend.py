@@ -1,7 +1,8 @@
 """Who can run what, and why not: the choice of a backend for every call.
 
 Each operator has, for every backend, a pure predicate over the call's :class:`Case`. ``auto`` takes the first backend
-that can, in the operator's order; an explicit choice that cannot run raises with the predicate's reason.
+that can, in the operator's order; an explicit choice that cannot run raises with the predicate's reason. Under
+torch.export it leaves Triton out, whose kernels are Python, and under torch.onnx.export takes the reference.
 """
 
 import os
@@ -67,7 +68,9 @@ check_name(_default, "the environment variable MTLKERNELS_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the block on `name`: "auto", "reference", "native" or "triton".
 
-    A plain global, not a context variable, so that torch.compile can trace through it: threads share it.
+    A plain global, not a context variable, so that torch.compile can trace through it: threads share it. With
+    "reference" torch.export gives a program of torch's own operators alone.
+
     Raises ValueError for an unknown name, here, and for a backend that cannot run, at the operator's call.
     """
     global _default
@@ -96,6 +99,11 @@ def chosen_for_cpu(op: str, backend: str | None, dtype: torch.dtype) -> str | No
 # A constant to torch.compile: if it traced into this, its guards would watch the dictionary, and every entry recompile.
 @torch.compiler.assume_constant_result
 def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str:
+    if name == "auto" and torch.compiler.is_exporting():
+        # ONNX has no operators like ours, but knows those of the plain form.
+        if torch.onnx.is_in_onnx_export():
+            return "reference"
+        return _decide(op, name, _case(device, dtype, sizes), exporting=True)
     key = (op, name, device, dtype, sizes)
     found = _chosen.get(key)
     if found is None:
@@ -112,7 +120,7 @@ def _case(device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> Case
     return Case(device.type, dtype, arch, sizes)
 
 
-def _decide(op: str, name: str, case: Case) -> str:
+def _decide(op: str, name: str, case: Case, exporting: bool = False) -> str:
     check_name(name)
     predicates = _predicates[op]
     if name != "auto":
@@ -120,8 +128,8 @@ def _decide(op: str, name: str, case: Case) -> str:
         if not support.ok:
             raise ValueError(f"backend {name!r} cannot run {op} here: {support.reason}")
         return name
-    # The interpreter is for tests, which ask for it by name.
-    serving = [b for b in predicates if b != "triton" or case.device != "cpu"]
+    # The interpreter is for tests, which ask for it by name; and a program with Triton kernels needs Python to run.
+    serving = [b for b in predicates if b != "triton" or (case.device != "cpu" and not exporting)]
     return next(b for b in serving if predicates[b](case).ok)
 
 

@@ -1,5 +1,6 @@
 """The choice of a backend: use_backend, backend=, the environment variable, explain, and what cannot run."""
 
+import re
 import subprocess
 import sys
 
@@ -164,6 +165,40 @@ def test_choice_by_size(monkeypatch):
     assert mtl.explain("gated_mix", H, L).splitlines()[0].endswith("native")
     wide = mtl.explain("mix", torch.zeros(2, 65, 1))
     assert wide.splitlines()[0].endswith("reference") and "cannot run: 65 experts, 1 wide" in wide
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_leaves_triton_out(monkeypatch, strict):
+    """Wherever auto takes it otherwise, under torch.compile too; asked for by name it is taken."""
+
+    class Told(torch.nn.Module):
+        def forward(self, x):
+            chosen = backend.choose("mix", None, x)
+            return {"triton": torch.sin, "native": torch.cos, "reference": torch.tan}[chosen](x)
+
+    def functions(graph):
+        return {found for node in graph.nodes for found in re.findall(r"\b(?:sin|cos|tan)\b", str(node.target))}
+
+    def exported():
+        return functions(torch.export.export(Told(), (x,), strict=strict).graph)
+
+    def spy(module, _):
+        compiled.append(functions(module.graph))
+        return module
+
+    x, compiled = torch.zeros(3, device="meta"), []
+    yes = {name: lambda case: backend.Support(True, "for a test") for name in ("triton", "native", "reference")}
+    monkeypatch.setitem(backend._predicates, "mix", yes)
+    assert backend.choose("mix", None, x) == "triton"
+    assert exported() == {"cos"}
+    assert backend.choose("mix", None, x) == "triton"
+    torch._dynamo.reset()
+    torch.compile(Told(), fullgraph=True, backend=spy)(x)
+    assert compiled == [{"sin"}]
+    with mtl.use_backend("triton"):
+        assert exported() == {"sin"}
+    yes["native"] = lambda case: backend.Support(False, "for a test")
+    assert exported() == {"tan"}
 
 
 def test_triton_says_one_thing():

@@ -15,9 +15,7 @@ def allowed_experts(mask: Tensor | None, columns: Tensor | None) -> Tensor | Non
 
 def native_rows(num_rows: int, native: list[int], device: torch.device) -> Tensor:
     """[T,E] bool, True where expert e belongs to unit t."""
-    unit = torch.repeat_interleave(
-        torch.arange(len(native), device=device), torch.tensor(native, device=device), output_size=sum(native)
-    )
+    unit = torch.tensor([u for u, n in enumerate(native) for _ in range(n)], dtype=torch.long, device=device)
     return unit == torch.arange(num_rows, device=device)[:, None]
 
 

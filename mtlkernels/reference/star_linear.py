@@ -45,15 +45,17 @@ def _products(x: Tensor, p: Tensor, weight: Tensor, domain_weight: Tensor) -> Te
     tiles = (counts + _TILE - 1) // _TILE
     tile_ends, ends = tiles.cumsum(0), counts.cumsum(0)
 
-    order = torch.argsort(p, stable=True)
+    # By domain, and within one by row: what a stable sort gives, which ONNX has not.
+    order = torch.argsort(p * p.shape[0] + torch.arange(p.shape[0], device=p.device))
     sorted_p = p[order]
     rank = torch.arange(p.shape[0], device=p.device) - (ends - counts)[sorted_p]  # among its domain's rows
     tile = torch.empty_like(p).scatter(0, order, (tile_ends - tiles)[sorted_p] + rank // _TILE)  # [B]
     place = torch.empty_like(p).scatter(0, order, rank % _TILE)
 
     num_tiles = p.shape[0] // _TILE + num_domains  # at least as many as are needed
-    index = torch.arange(num_tiles, device=p.device)
-    owner = torch.searchsorted(tile_ends, index, right=True).clamp(max=num_domains - 1)  # [tiles]
+    # A tile's owner is the number of domains whose tiles end before it: a searchsorted, which ONNX has not either.
+    over = p.new_zeros(num_tiles + 1).index_add(0, tile_ends, torch.ones_like(tile_ends)).cumsum(0)
+    owner = over[:num_tiles].clamp(max=num_domains - 1)  # [tiles]
     gathered = x.new_zeros(num_tiles, _TILE, x.shape[1]).index_put((tile, place), x)
     # A domain without rows is not read: whatever its weight holds, its gradient is exactly 0.
     seen = torch.where((counts > 0)[:, None, None], domain_weight, 0)

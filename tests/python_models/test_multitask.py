@@ -174,18 +174,6 @@ def test_gate_norms(gate_dims):
     assert network(x).shape == (50, 2, 4)
 
 
-SLOW_EXPORTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("adatt per unit", "adashare's result")]
-
-
-@pytest.mark.parametrize("name", ["ple", *SLOW_EXPORTS])
-def test_exports_with_any_batch(name):
-    network = model(FUSIONS[name])
-    x = torch.randn(7, 6)
-    program = torch.export.export(network, (x[:3],), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    torch.testing.assert_close(program.module()(x), network(x))
-    assert set(program.state_dict) == set(network.state_dict())
-
-
 @every_fusion
 def test_starts_on_the_meta_device(fusion):
     """Deferred initialisation: shapes first, then memory, then each module's reset_parameters."""
