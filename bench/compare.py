@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from bench import record, report
+from bench.tables import Table
 from bench.timing import NOISE_LIMIT
 
 

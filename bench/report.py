@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from bench.contest import OURS
 from bench.parts import PLAIN
 from bench.subjects import FORMULA
+from bench.tables import Console, Table
 from bench.timing import NOISE_LIMIT, is_noisy
 from mtlkernels.backend import BACKENDS
 
