@@ -98,8 +98,9 @@ def changed(before: Figure, after: Figure) -> bool:
 def failing(results: dict[str, Any]) -> dict[str, str]:
     """Every failing test of the file, with its message."""
     found: dict[str, str] = {}
-    for part in ("tests", "slow"):
-        found |= (results["parts"].get(part, {}).get("result") or {}).get("bad", {})
+    for part in results["parts"].values():
+        if isinstance(part.get("result"), dict):
+            found |= part["result"].get("bad", {})
     return found
 
 

@@ -84,8 +84,18 @@ def test_parts_come_in_order_and_by_group():
 
     assert names("bench", "build") == ["build", "ceilings", "operators", "step"]
     assert names(*gpu_check.ORDER) == list(gpu_check.ORDER)
+    assert names("device") == list(gpu_check.ON_DEVICE)
     with pytest.raises(SystemExit, match="no nonsense"):
         names("nonsense")
+
+
+def test_every_operator_is_tested_on_the_device_by_one_part():
+    from mtlkernels.ops._operator import Operator
+
+    public = sorted(name for name, operator in Operator.all.items() if operator.public)
+    assert sorted(name for names in gpu_check.ON_DEVICE.values() for name in names) == public
+    assert gpu_check.chosen(("mix",)) == "(mix) and not expert_mix"
+    assert gpu_check.chosen(("expert_mix",)) == "(expert_mix)"
 
 
 def test_every_part_fits_into_ten_minutes():
