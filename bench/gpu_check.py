@@ -38,6 +38,7 @@ ON_DEVICE = {
 }
 GROUPS = {"device": tuple(ON_DEVICE), "bench": ("ceilings", "operators", "step")}
 ORDER = ("build", *ON_DEVICE, "tests", "slow", "sanitizer", "ceilings", "operators", "step", "tune")
+_OPTIONAL = ("xdist", "pytest_timeout", "rich", "hypothesis", "sklearn", "pandas", "matplotlib")
 _LEAST = 5.0  # seconds: with less left, a part is not begun
 
 
@@ -87,7 +88,18 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
         "tune": (tune, 540, {}),
     }
     for name, operators in ON_DEVICE.items():
-        command = [*pytest, "-m", "not slow", "tests/gpu", "-k", chosen(operators)]
+        # -vv undoes -q: where a kernel hangs, the end of the log names its test and says where that stands.
+        command = [
+            *pytest,
+            "-vv",
+            "-o",
+            "faulthandler_timeout=100",
+            "-m",
+            "not slow",
+            "tests/gpu",
+            "-k",
+            chosen(operators),
+        ]
         commands[name] = (command, 400, {"OMP_NUM_THREADS": "2"})
     found = []
     for name in (name for name in ORDER if name in wanted):
@@ -192,6 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
     default = record.name_for(machine, datetime.date.today())
     path = args.out or (record.RESULTS if args.device == "cuda" else Path("bench/out")) / default
     folder = Path("bench/out") / ("gpu-check-small" if args.small else "gpu-check")
+    missing = [name for name in _OPTIONAL if not _has(name)]
+    if missing:
+        print(f"gpu-check: going without {', '.join(missing)}: fewer tests, in one process, or plainer tables")
     began, failed = time.perf_counter(), []
     for part in parts(args.parts.split(","), args.device, args.small, folder, args.tests):
         left = part.limit if args.limit is None else min(part.limit, args.limit - (time.perf_counter() - began))
