@@ -102,6 +102,10 @@ Tensor forward(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor
     z = static_cast<char*>((*keep)->mutable_data_ptr());
   }
   if (y.numel() == 0) return y;
+  if (p.batch <= kFewRows) {
+    forward_few(p, x, weight, bias_in, activation, static_cast<char*>(y.mutable_data_ptr()), z);
+    return y;
+  }
 
   const int64_t numbers = p.lay_out([&](const Unit& u) { return round_up(u.cols, p.tile_cols) * depth; });
   const int64_t bias_numbers = p.columns() + int64_t(p.units.size()) * p.tile_cols;

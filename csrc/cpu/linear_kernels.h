@@ -46,9 +46,13 @@ struct PackKernels {
   // Product of rows a, `a_stride` numbers apart and readable up to a whole tile, and panels b, to rows of this type.
   void (*multiply)(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
                    const Output&);
+  // The same with its result turned: a column of the product is a row of y, and the bias is by rows of the product, of
+  // which there are up to kTurnedTiles * tile_rows. A's rows are `depth` apart.
+  void (*multiply_turned)(const void* a, const void* b, int64_t rows, int64_t cols, int64_t depth, const Output&);
 };
 
 constexpr int64_t kPastEnd = 128;
+constexpr int kTurnedTiles = 8;
 
 // Where a product is kept in the packed type: at[r][c], rows `stride` apart; with `add`, on top of what is there.
 // `stream` and `ahead` as in Output.

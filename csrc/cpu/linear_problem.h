@@ -52,6 +52,12 @@ struct Problem {
 Problem linear_problem(const Tensor& x, const Tensor& weight,
                        const std::optional<std::vector<int64_t>>& experts_per_unit);
 
+// Forward for up to kFewRows rows: the weights, which are most of what is read then, are read as they lie. z may be
+// null.
+constexpr int64_t kFewRows = 128;
+void forward_few(Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation,
+                 char* y, char* z);
+
 // Unit u's rows of x [B,K] or [B,U,K].
 inline Operand input_of(const Tensor& x, const Unit& u) {
   const int64_t offset = x.dim() == 3 ? u.input * x.stride(1) : 0;

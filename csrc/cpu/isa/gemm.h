@@ -44,33 +44,34 @@ struct Packed<Pair> {
 #endif
 
 // tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds;
-// with `past`, past the caches: the tile's rows are whole lines.
-template <Layout layout, class P, class C = typename Packed<P>::Sum>
+// with `past`, past the caches: the tile's rows are whole lines. Of its columns the first `vectors` vectors.
+template <Layout layout, class P, class C = typename Packed<P>::Sum, int vectors = 2>
 inline void multiply_tile(int64_t depth, const P* a, int64_t a_stride, const P* b, C* tile, int64_t stride, bool add,
                           bool past = false) {
-  using V = Vector<C>;
-  constexpr int lanes = kLanes<C>, cols = kTileCols<C>;
-  V sum[kTileRows][2];
+  constexpr int lanes = kLanes<C>;
+  Vector<C> sum[kTileRows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    sum[i][0] = add ? load(tile + i * stride) : V{};
-    sum[i][1] = add ? load(tile + i * stride + lanes) : V{};
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[i][v] = add ? load(tile + i * stride + v * lanes) : Vector<C>{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const auto b0 = Packed<P>::wide(b), b1 = Packed<P>::wide(b + lanes);
+    typename Packed<P>::Wide from_b[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) from_b[v] = Packed<P>::wide(b + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
       const P from_a = layout == Layout::kRows ? a[i * a_stride] : a[i];
-      Packed<P>::step(sum[i][0], from_a, b0);
-      Packed<P>::step(sum[i][1], from_a, b1);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) Packed<P>::step(sum[i][v], from_a, from_b[v]);
     }
     a += layout == Layout::kRows ? 1 : kTileRows;
-    b += cols;
+    b += kTileCols<C>;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
-    store(tile + i * stride, sum[i][0], past);
-    store(tile + i * stride + lanes, sum[i][1], past);
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) store(tile + i * stride + v * lanes, sum[i][v], past);
   }
 }
 
@@ -98,6 +99,34 @@ struct Source {
   }
 };
 
+// to[j * width + i] = from[i][j], j < n. Four by four: one number at a time, or gathered, it costs five times as much.
+template <int width, class C>
+void turn(const C* const (&from)[width], int64_t n, C* to, int64_t stride = width) {
+  int64_t j = 0;
+  if constexpr (sizeof(C) == 4) {
+    typedef uint32_t Four __attribute__((vector_size(16)));
+    constexpr int whole = width / 4 * 4;
+    for (; j + 4 <= n; j += 4) {
+      for (int i = 0; i < whole; i += 4) {
+        Four row[4];
+        for (int l = 0; l < 4; ++l) std::memcpy(&row[l], from[i + l] + j, sizeof(Four));
+        const Four low = __builtin_shuffle(row[0], row[1], Four{0, 4, 1, 5});
+        const Four low2 = __builtin_shuffle(row[2], row[3], Four{0, 4, 1, 5});
+        const Four high = __builtin_shuffle(row[0], row[1], Four{2, 6, 3, 7});
+        const Four high2 = __builtin_shuffle(row[2], row[3], Four{2, 6, 3, 7});
+        const Four column[4] = {
+            __builtin_shuffle(low, low2, Four{0, 1, 4, 5}), __builtin_shuffle(low, low2, Four{2, 3, 6, 7}),
+            __builtin_shuffle(high, high2, Four{0, 1, 4, 5}), __builtin_shuffle(high, high2, Four{2, 3, 6, 7})};
+        for (int l = 0; l < 4; ++l) std::memcpy(to + (j + l) * stride + i, &column[l], sizeof(Four));
+      }
+      for (int i = whole; i < width; ++i)
+        for (int l = 0; l < 4; ++l) to[(j + l) * stride + i] = from[i][j + l];
+    }
+  }
+  for (; j < n; ++j)
+    for (int i = 0; i < width; ++i) to[j * stride + i] = from[i][j];
+}
+
 // Rows become the panel's width: dst[p][k][i] = src[p * width + i][k], k < depth; rows past `rows` are zero.
 template <int width, class S, class C>
 void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
@@ -109,11 +138,7 @@ void pack_rows(const Source<S>& src, int64_t rows, int64_t depth, C* dst) {
       const int64_t n = std::min(chunk, depth - k);
       const C* from[width];
       for (int i = 0; i < width; ++i) from[i] = r + i < rows ? src.read(r + i, k, n, buffer[i]) : zeros;
-      C* to = dst + k * width;
-      for (int64_t j = 0; j < n; ++j, to += width) {
-#pragma GCC unroll 32
-        for (int i = 0; i < width; ++i) to[i] = from[i][j];
-      }
+      turn<width>(from, n, dst + k * width);
     }
   }
 }

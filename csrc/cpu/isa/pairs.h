@@ -50,17 +50,26 @@ void pair_rows(const Operand& o, int64_t rows, int64_t depth, void* to) {
   std::fill_n(dst, (kTileRows - rows % kTileRows) % kTileRows * width, uint16_t{0});
 }
 
-// B from rows that become the columns of panels: dst[p][k][i] = pair k of row p * width + i.
+// B from rows that become the columns of panels: dst[p][k][i] = pair k of row p * width + i; as pack_rows.
 void pair_rows_wide(const Operand& o, int64_t rows, int64_t depth, void* panels) {
   constexpr int width = kTileCols<float>;
-  Pair* to = static_cast<Pair*>(panels);
-  for (int64_t r = 0; r < rows; r += width) {
-    for (int64_t k = 0; k < pairs_of(depth); ++k) {
-      for (int i = 0; i < width; ++i, ++to) {
-        const uint16_t* row = static_cast<const uint16_t*>(o.data) + (r + i) * o.stride;
-        *to = {};
-        if (r + i < rows) *to = {row[2 * k], 2 * k + 1 < depth ? row[2 * k + 1] : uint16_t{0}};
+  constexpr int64_t chunk = 64;
+  Pair buffer[width][chunk];
+  static const Pair zeros[chunk] = {};
+  Pair* dst = static_cast<Pair*>(panels);
+  for (int64_t r = 0; r < rows; r += width, dst += width * pairs_of(depth)) {
+    for (int64_t k = 0; k < depth; k += 2 * chunk) {
+      const int64_t n = std::min(2 * chunk, depth - k);
+      const Pair* from[width];
+      for (int i = 0; i < width; ++i) {
+        const uint16_t* row = static_cast<const uint16_t*>(o.data) + (r + i) * o.stride + k;
+        from[i] = r + i < rows ? reinterpret_cast<const Pair*>(row) : zeros;
+        if (n % 2 == 0 || r + i >= rows) continue;
+        std::memcpy(buffer[i], row, n * sizeof(uint16_t));
+        buffer[i][n / 2].second = 0;
+        from[i] = buffer[i];
       }
+      turn(from, pairs_of(n), dst + k / 2 * width);
     }
   }
 }
