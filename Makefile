@@ -6,7 +6,7 @@
 #                         kept too. On a GPU machine without network: make gpu-check PYTHON=python3
 #   MTLKERNELS_CUDA=1     compiles the CUDA kernels everywhere, not only in cuda and gpu-check: they take minutes, and nothing
 #                         else here runs them. A plain `pip install --no-build-isolation .` compiles them wherever nvcc is found.
-#   PARTS=bench,tune      for gpu-check: some of build, tests, slow, sanitizer, bench and tune (default: all of them)
+#   PARTS=bench,tune      for gpu-check: some of build, device, tests, slow, sanitizer, bench and tune (default: all of them)
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   MAX_JOBS, CXX, ...    as setup.py says
@@ -20,7 +20,7 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 # Two processes of one thread each: the suite is many small tests, and two threads in each process would fight for two cores.
 WORKERS ?= 2
-PARTS ?= tests,slow,sanitizer,bench,tune
+PARTS ?= device,tests,slow,sanitizer,bench,tune
 export MTLKERNELS_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

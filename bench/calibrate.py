@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bench.tables import Console, Table
 from bench.timing import synchronize
 
 SIZES = ((4096, 256, 256), (4096, 256, 128), (4096, 256, 2048), (2048, 2048, 2048))  # (M, K, N) of x [M,K] w [N,K]
@@ -206,9 +207,6 @@ def rates(rows: list[dict[str, Any]], dtype: torch.dtype) -> tuple[float, float]
 
 def main() -> None:
     """Prints the ceilings as a table and, with --out, leaves them as JSON."""
-    from rich.console import Console
-    from rich.table import Table
-
     parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each product (default: %(default)s)")
     parser.add_argument("--dtype", default="float32,bfloat16", help="some, on a GPU tf32 too (default: %(default)s)")

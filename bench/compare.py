@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from bench import record, report
+from bench.tables import Table
 from bench.timing import NOISE_LIMIT
 
 
@@ -99,8 +98,9 @@ def changed(before: Figure, after: Figure) -> bool:
 def failing(results: dict[str, Any]) -> dict[str, str]:
     """Every failing test of the file, with its message."""
     found: dict[str, str] = {}
-    for part in ("tests", "slow"):
-        found |= (results["parts"].get(part, {}).get("result") or {}).get("bad", {})
+    for part in results["parts"].values():
+        if isinstance(part.get("result"), dict):
+            found |= part["result"].get("bad", {})
     return found
 
 

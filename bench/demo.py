@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import calibrate, census
 from bench.contest import COMPILED, OURS, Task
@@ -24,6 +22,7 @@ from bench.picture import LABELS, draw
 from bench.report import console as report_console
 from bench.report import step_table
 from bench.step import measure_step
+from bench.tables import Console, Table
 from python_models.data import CensusFileError, Splits, load_census, make_synthetic
 from python_models.train import evaluate, fit
 

@@ -1,6 +1,6 @@
 """Builds, tests and measures on this machine's GPU, part by part, into one results file.
 
-    python -m bench.gpu_check [--parts build,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE]
+    python -m bench.gpu_check [--parts build,device,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE]
     python -m bench.gpu_check --device cpu --small      a dry run without a GPU
     python -m bench.gpu_check --combine A B --out C
 
@@ -26,8 +26,19 @@ import torch
 from bench import calibrate, record
 from bench.outcomes import outcomes
 
-GROUPS = {"bench": ("ceilings", "operators", "step")}
-ORDER = ("build", "tests", "slow", "sanitizer", "ceilings", "operators", "step", "tune")
+# The operators whose tests on the GPU are one part: where a kernel hangs or breaks the GPU, its part alone is lost.
+ON_DEVICE = {
+    "device-expert_linear": ("expert_linear",),
+    "device-mix": ("mix",),
+    "device-expert_mix": ("expert_mix",),
+    "device-snr_linear": ("snr_linear",),
+    "device-star_linear": ("star_linear",),
+    "device-partitioned_norm": ("partitioned_norm",),
+    "device-small": ("hard_concrete", "hard_concrete_l0", "esmm_loss", "masked_bce"),
+}
+GROUPS = {"device": tuple(ON_DEVICE), "bench": ("ceilings", "operators", "step")}
+ORDER = ("build", *ON_DEVICE, "tests", "slow", "sanitizer", "ceilings", "operators", "step", "tune")
+_OPTIONAL = ("xdist", "pytest_timeout", "rich", "hypothesis", "sklearn", "pandas", "matplotlib")
 _LEAST = 5.0  # seconds: with less left, a part is not begun
 
 
@@ -54,7 +65,9 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     python, on = [sys.executable, "-m"], ["--device", device]
     dtypes = "float32" if device == "cpu" else "float32,bfloat16"
     least = ["--small"] if small else []
-    pytest = [*python, "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *(["-n", "4"] if _has("xdist") else [])]
+    # A test file that cannot be imported here costs itself alone.
+    pytest = [*python, "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    pytest += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if _has("xdist") else []
     pytest += ["--timeout", "300"] if _has("pytest_timeout") else []
     cuda = {"MTLKERNELS_CUDA": "0" if device == "cpu" else "1"}
     if device != "cpu" and "MTLKERNELS_CUDA_ARCHS" not in os.environ:
@@ -66,7 +79,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     tune = [*python, "bench.tune", *(["--interpret"] if device == "cpu" else ["--budget", "420"])]
     commands = {
         "build": ([*python, "bench.build"], 540, cuda),
-        "tests": ([*pytest, "-m", "not slow", *tests], 540, {"OMP_NUM_THREADS": "2"}),
+        "tests": ([*pytest, "-m", "not slow", "--ignore=tests/gpu", *tests], 540, {"OMP_NUM_THREADS": "2"}),
         "slow": ([*pytest, "-m", "slow", *tests], 570, {"OMP_NUM_THREADS": "2"}),
         "sanitizer": ([*python, "bench.sanitizer"], 570, {}),
         "ceilings": (calibrated, 90, {}),
@@ -74,13 +87,34 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
         "step": (step, 300, {}),
         "tune": (tune, 540, {}),
     }
+    for name, operators in ON_DEVICE.items():
+        # -vv undoes -q: where a kernel hangs, the end of the log names its test and says where that stands.
+        command = [
+            *pytest,
+            "-vv",
+            "-o",
+            "faulthandler_timeout=100",
+            "-m",
+            "not slow",
+            "tests/gpu",
+            "-k",
+            chosen(operators),
+        ]
+        commands[name] = (command, 400, {"OMP_NUM_THREADS": "2"})
     found = []
     for name in (name for name in ORDER if name in wanted):
         command, limit, environment = commands[name]
-        out = folder / (f"{name}.xml" if name in ("tests", "slow") else f"{name}.json")
+        out = folder / (f"{name}.xml" if name in ("tests", "slow", *ON_DEVICE) else f"{name}.json")
         into = f"--junitxml={out}" if out.suffix == ".xml" else f"--out={out}"
         found.append(Part(name, [*command, into], limit, out, environment))
     return found
+
+
+def chosen(operators: tuple[str, ...]) -> str:
+    """For pytest's -k, which looks for parts of names: the tests of these operators and of no other."""
+    others = [name for names in ON_DEVICE.values() for name in names if name not in operators]
+    longer = [name for name in others if any(operator in name for operator in operators)]
+    return f"({' or '.join(operators)})" + "".join(f" and not {name}" for name in longer)
 
 
 def _has(module: str) -> bool:
@@ -170,6 +204,9 @@ def main(arguments: list[str] | None = None) -> int:
     default = record.name_for(machine, datetime.date.today())
     path = args.out or (record.RESULTS if args.device == "cuda" else Path("bench/out")) / default
     folder = Path("bench/out") / ("gpu-check-small" if args.small else "gpu-check")
+    missing = [name for name in _OPTIONAL if not _has(name)]
+    if missing:
+        print(f"gpu-check: going without {', '.join(missing)}: fewer tests, in one process, or plainer tables")
     began, failed = time.perf_counter(), []
     for part in parts(args.parts.split(","), args.device, args.small, folder, args.tests):
         left = part.limit if args.limit is None else min(part.limit, args.limit - (time.perf_counter() - began))

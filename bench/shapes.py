@@ -56,6 +56,11 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
 SWEEP = {f"E={experts}": {"B": 4096, "T": 4, "E": experts, "K": 256, "N": 128} for experts in (8, 16, 32, 64, 128, 256)}
 
 
+def odd(shape: dict[str, int]) -> dict[str, int]:
+    """Small too, but over a tile of the kernels in every direction, the last tile not full."""
+    return tiny(shape) | {name: size for name, size in {"B": 131, "K": 37, "N": 69, "D": 69}.items() if name in shape}
+
+
 def tiny(shape: dict[str, int]) -> dict[str, int]:
     """A shape of the same kind in which nothing takes time: for dry runs and tests."""
     least = {"B": 24, "K": 12, "N": 8, "D": 8, "I": 2, "J": 3, "P": 2, "U": 2, "T": 2, "E": 6, "channels": 1}

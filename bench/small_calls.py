@@ -11,7 +11,7 @@ import sys
 import torch
 
 from bench.operators import can_run, check, on_backend, prepare, truth
-from bench.shapes import SHAPES, tiny
+from bench.shapes import SHAPES, odd, tiny
 from bench.subjects import available
 
 
@@ -25,17 +25,17 @@ def main() -> int:
     bad = 0
     for dtype in (getattr(torch, name) for name in args.dtype.split(",")):
         for subject in available():
-            shape = tiny(next(iter(SHAPES[subject.name].values())))
-            operands, grad = prepare(subject, shape, dtype, args.device)
-            expected = truth(subject, operands, grad)
-            for backend in args.backends.split(","):
-                what = f"{subject.name} {backend} {dtype}"
-                if not can_run(subject, backend, operands):
-                    print(f"{what}: left out, the backend does not run it here")
-                    continue
-                found = check(on_backend(subject, backend), operands, grad, expected, subject)
-                bad += not found.ok
-                print(f"{what}: {'ok' if found.ok else 'WRONG'}: {found}")
+            for name, size in (("tiny", tiny), ("odd", odd)):
+                operands, grad = prepare(subject, size(next(iter(SHAPES[subject.name].values()))), dtype, args.device)
+                expected = truth(subject, operands, grad)
+                for backend in args.backends.split(","):
+                    what = f"{subject.name} {name} {backend} {dtype}"
+                    if not can_run(subject, backend, operands):
+                        print(f"{what}: left out, the backend does not run it here")
+                        continue
+                    found = check(on_backend(subject, backend), operands, grad, expected, subject)
+                    bad += not found.ok
+                    print(f"{what}: {'ok' if found.ok else 'WRONG'}: {found}")
     return 1 if bad else 0
 
 

@@ -189,7 +189,7 @@ def tiny_inputs(name: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def random_grad(out: Tensor) -> Tensor:
     gen = torch.Generator().manual_seed(out.numel())
-    return torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out.dtype)
+    return torch.randn(out.shape, generator=gen, dtype=torch.float64).to(out.device, out.dtype)
 
 
 class Outcome(NamedTuple):
@@ -235,10 +235,19 @@ def close(found: Tensor, wanted: Tensor, tolerance: float | None = None, what: s
     )
 
 
-def agree(found: Outcome, wanted: Outcome, tensors: Sequence[Tensor | None], floor: float = 1e-2) -> None:
-    """Outputs and all gradients close; each gradient of the shape and dtype of its tensor."""
+def agree(
+    found: Outcome,
+    wanted: Outcome,
+    tensors: Sequence[Tensor | None],
+    floor: float = 1e-2,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    """Outputs and all gradients close; each gradient of the shape and dtype of its tensor.
+
+    out_dtype: the output's, where that is not the first tensor's.
+    """
     dtype = next(t.dtype for t in tensors if t is not None)
-    assert found.out.dtype == dtype
+    assert found.out.dtype == (out_dtype or dtype)
     close(found.out, wanted.out, what=f"{dtype} out", floor=floor)
     for i, (got, want, tensor) in enumerate(zip(found.grads, wanted.grads, tensors, strict=True)):
         assert (got is None) == (tensor is None)
@@ -290,7 +299,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
 
 
 GRAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "of .sum()": lambda out: torch.tensor(1.5, dtype=out.dtype).expand(out.shape),
+    "of .sum()": lambda out: torch.tensor(1.5, dtype=out.dtype, device=out.device).expand(out.shape),
     "of .sum(0)": lambda out: random_grad(out[:1]).expand(out.shape),
     "of .sum(-1)": lambda out: random_grad(out[..., :1]).expand(out.shape),
     "transposed": lambda out: random_grad(out.transpose(0, 1)).transpose(0, 1),
