@@ -2,14 +2,7 @@
 
 from typing import Any
 
-<<<<<<< HEAD
-from rich.console import Console
-from rich.table import Table
-
 from bench.contest import COMPILED, OURS
-=======
-from bench.contest import OURS
->>>>>>> w-gpu
 from bench.parts import PLAIN
 from bench.subjects import FORMULA
 from bench.tables import Console, Table
