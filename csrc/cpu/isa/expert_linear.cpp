@@ -111,7 +111,7 @@ void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int6
   for (int64_t c = 0; c < cols; c += width) {
     const P* bp = static_cast<const P*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-      if (ahead) ask(*ahead);
+      if (ahead) ask<2>(*ahead);
       multiply_tile<Layout::kRows>(depth, static_cast<const P*>(a) + r * a_stride, a_stride, bp, tile, width, false);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
@@ -162,7 +162,7 @@ void accumulate(const void* a, const void* b, int64_t rows, int64_t cols, int64_
       C* to = static_cast<C*>(sums.at) + r * stride + c;
       const P* ap = static_cast<const P*>(a) + r * depth;  // rows and panels alike
       const int64_t n = std::min<int64_t>(kTileRows, rows - r);
-      if (ahead) ask(*ahead);
+      if (ahead) ask<2>(*ahead);
       for (int64_t i = n; !past && i < std::min<int64_t>(n + kTileRows, rows - r); ++i)
         __builtin_prefetch(to + i * stride, 1);
       if (n == kTileRows && m == width) {

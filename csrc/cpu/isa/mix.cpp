@@ -131,7 +131,7 @@ void mix_rows(int64_t width, const int32_t* index, int64_t count, const int64_t*
   int64_t d = 0;
   for (; d + 2 * lanes <= width; d += 2 * lanes) {
     Vector<C> sum[n][2] = {};
-    ask(ahead);
+    ask<3>(ahead);
     for (int64_t j = 0; j < count; ++j) {
       const C* row = h + index[j] * stride + d;
       const Vector<C> h0 = load(row), h1 = load(row + lanes);

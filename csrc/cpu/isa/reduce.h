@@ -7,13 +7,9 @@ namespace mtl::MTL_ISA {
 
 template <class C>
 inline C total(Vector<C> v) {
-#pragma GCC unroll 4
-  for (int step = kLanes<C> / 2; step > 0; step /= 2) {
-    decltype(v < v) other;
-    for (int i = 0; i < kLanes<C>; ++i) other[i] = (i + step) % kLanes<C>;
-    v += __builtin_shuffle(v, other);
-  }
-  return v[0];
+  C sum = 0;
+  for (int i = 0; i < kLanes<C>; ++i) sum += v[i];
+  return sum;
 }
 
 // The largest of n numbers, passing over NaN (which the softmax's sum catches); -inf of none.
