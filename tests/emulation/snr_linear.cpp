@@ -7,10 +7,10 @@ constexpr int kOthersBarriers = __COUNTER__ - emulation::kFirstBarrier;
 }  // namespace
 
 #include "snr_linear_launch.cuh"
+// After the kernels, whose barriers it counts.
+#include "calls.h"
 
 namespace {
-
-constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
 
 // One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
 struct Problem {
@@ -19,11 +19,6 @@ struct Problem {
   int64_t out, z, dgate, dbias;
   int64_t large, slice_rows;  // -1, 0: as planned
 };
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 template <class S, mtl::LinearProduct PRODUCT>
 void run(const Problem& p) {
@@ -81,11 +76,7 @@ void run(const Problem& p) {
 template <mtl::LinearProduct PRODUCT>
 void run_any(const Problem* p) {
   emulation::error.clear();
-  if (p->type == static_cast<int64_t>(mtl::Scalar::f16)) run<__half, PRODUCT>(*p);
-#ifndef FLOAT16_ONLY
-  if (p->type == static_cast<int64_t>(mtl::Scalar::f32)) run<float, PRODUCT>(*p);
-  if (p->type == static_cast<int64_t>(mtl::Scalar::bf16)) run<__nv_bfloat16, PRODUCT>(*p);
-#endif
+  dispatch(p->type, [&](auto s) { run<decltype(s), PRODUCT>(*p); });
 }
 
 }  // namespace
@@ -93,17 +84,6 @@ void run_any(const Problem* p) {
 extern "C" {
 
 int first_barrier() { return kOthersBarriers + 1; }
-int barriers() { return kBarriers; }
-int64_t bank_conflicts() { return emulation::bank_conflicts; }
-const char* last_error() { return emulation::error.c_str(); }
-
-void schedule(int order, unsigned seed, int skipped_barrier) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::seed = seed;
-  emulation::skipped_barrier = skipped_barrier;
-  emulation::bank_conflicts = 0;
-}
-
 void forward(const Problem* p) { run_any<mtl::LinearProduct::kForward>(p); }
 void input_gradient(const Problem* p) { run_any<mtl::LinearProduct::kInput>(p); }
 void parameter_gradients(const Problem* p) { run_any<mtl::LinearProduct::kWeight>(p); }

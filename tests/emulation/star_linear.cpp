@@ -1,10 +1,10 @@
 // The star_linear kernels, with their launch code, on the emulated device.
 #include "cuda.h"
 #include "star_linear_launch.cuh"
+// After the kernels, whose barriers it counts.
+#include "calls.h"
 
 namespace {
-
-constexpr int kBarriers = __COUNTER__ - emulation::kFirstBarrier;
 
 // One call, every field eight bytes wide: the test fills it as an array. Pointers are 0 where there is no tensor.
 struct Problem {
@@ -13,11 +13,6 @@ struct Problem {
   int64_t out, z, dweight, down_weight, dbias, down_bias;
   int64_t large, chunk_rows;  // -1, 0: as planned
 };
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 mtl::StarArgs arguments(const Problem& p, std::vector<int64_t>& bound) {
   mtl::StarArgs a{};
@@ -46,9 +41,6 @@ mtl::StarArgs arguments(const Problem& p, std::vector<int64_t>& bound) {
   a.groups.ids = nullptr;  // the kernels read their order alone
   return a;
 }
-
-// Sums that are read before they are written show as NaN.
-std::vector<float> scratch(int64_t n) { return std::vector<float>(n, NAN); }
 
 template <class S, class P, mtl::LinearProduct PRODUCT>
 void run(const Problem& p) {
@@ -96,17 +88,6 @@ void run_any(const Problem* p) {
 }  // namespace
 
 extern "C" {
-
-int barriers() { return kBarriers; }
-int64_t bank_conflicts() { return emulation::bank_conflicts; }
-const char* last_error() { return emulation::error.c_str(); }
-
-void schedule(int order, unsigned seed, int skipped_barrier) {
-  emulation::order = static_cast<emulation::Order>(order);
-  emulation::seed = seed;
-  emulation::skipped_barrier = skipped_barrier;
-  emulation::bank_conflicts = 0;
-}
 
 void forward(const Problem* p) { run_any<mtl::LinearProduct::kForward>(p); }
 void input_gradient(const Problem* p) { run_any<mtl::LinearProduct::kInput>(p); }
