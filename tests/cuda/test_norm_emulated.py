@@ -1,11 +1,11 @@
 """The CUDA kernels of partitioned_norm, executed on the host: every index, barrier and thread order against float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from emulated import Device, build
+from emulated import Device, assert_every_barrier_matters, build, noticed
 from torch import Tensor
 
 from mtlkernels.reference import partitioned_norm as plain
@@ -184,28 +184,17 @@ def test_a_nan_stays_in_its_domain() -> None:
 SENSITIVE = Case((150, 12, 2), rows=16)
 
 
-def noticed(library: Path, case: Case, **schedule: int) -> bool:
-    """Whether some order of threads gives wrong numbers or never ends."""
+def check(case: Case) -> Callable[[Device], None]:
     inputs = make(case)
     want = oracle(case, inputs)
-    for order in ("forward", "reverse", "shuffled"):
-        try:
-            assert_right(case, run(Device(library, order, seed=5, **schedule), case, inputs), want)
-        except (AssertionError, RuntimeError):
-            return True
-    return False
+    return lambda device: assert_right(case, run(device, case, inputs), want)
 
 
 def test_every_barrier_matters() -> None:
-    library = build("norm")
-    barriers = Device(library).library.barriers()
-    assert barriers == 6
-    assert not noticed(library, SENSITIVE)
-    for barrier in range(barriers):
-        assert noticed(library, SENSITIVE, skipped_barrier=barrier), f"barrier {barrier} may go without notice"
+    assert_every_barrier_matters(check(SENSITIVE), build("norm"), range(6))
 
 
 def test_a_wrong_index_is_noticed() -> None:
     wrong = build("norm", ("domain_groups.cuh", "a.bound[low] / rows - low) * rows",
                            "a.bound[low] / rows - low) * rows + 1"))  # fmt: skip
-    assert noticed(wrong, SENSITIVE)
+    assert noticed(check(SENSITIVE), wrong)
