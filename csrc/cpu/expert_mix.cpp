@@ -9,7 +9,7 @@ namespace mtl {
 
 namespace {
 
-// Outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
+// Most outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
 constexpr int64_t kSetColumns = 4096;
 // Sums of a block of rows, which stay in L2 from one set to the next.
 constexpr int64_t kBlockNumbers = int64_t{1} << 16;
