@@ -3,8 +3,13 @@
 from .auxiliary import AuxiliaryHeads
 from .base import Balancer
 from .bias import TaskBiasEmbedding
+from .graddrop import GradDrop
 from .gradnorm import GradNorm
 from .groups import param_groups
+from .mgda import MGDA
+from .pcgrad import PCGrad
+from .rotograd import RotoGrad
+from .task_gradients import GradientMethod
 from .uncertainty import UncertaintyWeighting
 from .weights import DynamicWeightAverage, FixedWeights, ScheduledWeights
 
@@ -13,7 +18,12 @@ __all__ = [
     "Balancer",
     "DynamicWeightAverage",
     "FixedWeights",
+    "GradDrop",
     "GradNorm",
+    "GradientMethod",
+    "MGDA",
+    "PCGrad",
+    "RotoGrad",
     "ScheduledWeights",
     "TaskBiasEmbedding",
     "UncertaintyWeighting",
