@@ -52,27 +52,36 @@ def run(cases: int, first: int) -> list[str]:
         for name, (strategy, test) in every.items():
             wanted, began, counted = round(share * (3 if name in OPERATORS else 1)), time.perf_counter(), Counter()
 
-            @seed(first)
-            @settings(max_examples=wanted, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-                      phases=[Phase.generate, Phase.shrink])  # fmt: skip
-            @given(strategy)
-            def attempt(case: dict, test: Callable = test, counted: Counter = counted) -> None:
-                try:
-                    counted[test(case) or "no call"] += 1
-                except Exception as error:
-                    raise Found(f"{_line(case)}\n    {type(error).__name__}: {str(error)[:500]}") from error
-                finally:
-                    progress.advance(task)
-
-            try:
-                attempt()
-            except Found as error:
-                failures.append(f"{name}: {error}")
+            failures += _attempt(strategy, test, counted, wanted, first, lambda: progress.advance(task), name)
             outcomes += counted
             counts = ", ".join(f"{n} {what}" for what, n in sorted(counted.items()))
             progress.console.print(f"{name:<18} {counts}; {time.perf_counter() - began:.0f} s")
     print(f"{sum(outcomes.values())} cases: {dict(outcomes)}; {len(failures)} operators or networks failed")
     return failures
+
+
+def _attempt(
+    strategy: Any, test: Callable, counted: Counter, cases: int, first: int, advance: Callable, name: str
+) -> list[str]:
+    """Tries that many cases of one subject; what failed, at most one line."""
+    phases = [Phase.generate, Phase.shrink]
+
+    @seed(first)
+    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=phases)
+    @given(strategy)
+    def attempt(case: dict) -> None:
+        try:
+            counted[test(case) or "no call"] += 1
+        except Exception as error:
+            raise Found(f"{_line(case)}\n    {type(error).__name__}: {str(error)[:500]}") from error
+        finally:
+            advance()
+
+    try:
+        attempt()
+    except Found as error:
+        return [f"{name}: {error}"]
+    return []
 
 
 def _line(case: dict) -> str:
