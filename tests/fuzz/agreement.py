@@ -33,6 +33,8 @@ def check(call: Call, names: tuple[str, ...]) -> str:
     subject, tensors, grad = made
     if call["dtype"] == "float64":  # no GPU kernel is for it
         names = tuple(name for name in names if name == "native")
+    if call["dtype"] == "bfloat16":  # to which Triton's interpreter cuts numbers off where a GPU rounds
+        names = tuple(name for name in names if name != "triton")
     if call["spoil"] != "sound":
         given = spoilt(call, tensors)
         wanted = _run(subject, given, grad, "reference")
@@ -43,16 +45,22 @@ def check(call: Call, names: tuple[str, ...]) -> str:
             assert type(found) is type(wanted), f"{name}: {found!r}, reference: {wanted!r}"
             assert str(found) == str(wanted) or not isinstance(wanted, Exception), f"{name}: {found}; {wanted}"
         return "refused" if isinstance(wanted, Exception) else "agreed"
+    # A logit's gradient is a difference of terms as large as an expert's output.
+    floor = max([1.0, *(float(t.abs().max()) for t in tensors if t is not None and t.numel())]) if _mixes(call) else 0.0
     for name in names:
         found = _run(subject, tensors, grad, name)
         if isinstance(found, Exception):
             raise AssertionError(f"{name} refused what the reference takes: {found!r}") from found
         try:
-            right(subject, found, tensors, grad)
+            right(subject, found, tensors, grad, floor)
         except AssertionError as error:
             if not _stable(subject, found, tensors, grad):
                 raise AssertionError(f"{name}: {error}") from error
     return "agreed"
+
+
+def _mixes(call: Call) -> bool:
+    return call["op"] in ("mix", "expert_mix")
 
 
 def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable) -> bool:
