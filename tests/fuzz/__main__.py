@@ -67,7 +67,8 @@ def _attempt(
     phases = [Phase.generate, Phase.shrink]
 
     @seed(first)
-    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=phases)
+    @settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=phases,
+              report_multiple_bugs=False)  # fmt: skip
     @given(strategy)
     def attempt(case: dict) -> None:
         try:

@@ -45,8 +45,7 @@ def check(call: Call, names: tuple[str, ...]) -> str:
             assert type(found) is type(wanted), f"{name}: {found!r}, reference: {wanted!r}"
             assert str(found) == str(wanted) or not isinstance(wanted, Exception), f"{name}: {found}; {wanted}"
         return "refused" if isinstance(wanted, Exception) else "agreed"
-    # A logit's gradient is a difference of terms as large as an expert's output.
-    floor = max([1.0, *(float(t.abs().max()) for t in tensors if t is not None and t.numel())]) if _mixes(call) else 0.0
+    floor = max([1.0, *_sizes(tensors)]) if _cancels(call) else 0.0
     for name in names:
         found = _run(subject, tensors, grad, name)
         if isinstance(found, Exception):
@@ -59,8 +58,13 @@ def check(call: Call, names: tuple[str, ...]) -> str:
     return "agreed"
 
 
-def _mixes(call: Call) -> bool:
-    return call["op"] in ("mix", "expert_mix")
+def _cancels(call: Call) -> bool:
+    """Whether gradients are differences of larger terms: a logit's of experts' outputs, tanh's and sigmoid's of 1."""
+    return call["op"] in ("mix", "expert_mix") or call["sizes"].get("activation") in ("tanh", "sigmoid")
+
+
+def _sizes(tensors: list[Tensor | None]) -> list[float]:
+    return [float(t.abs().max()) for t in tensors if t is not None and t.numel()]
 
 
 def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable) -> bool:
