@@ -1,6 +1,6 @@
 """Checks of constructor arguments, shared by the modules and the networks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def count(name: str, value: int, least: int) -> int:
@@ -17,6 +17,11 @@ def counts(name: str, values: Sequence[int], least: int) -> list[int]:
     if isinstance(values, (str, int)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of ints; got {values!r}")
     return [count(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
+
+
+def is_one_of(value: object, names: Collection[str]) -> bool:
+    """Whether value is one of the names; a list or another thing that has no hash is none."""
+    return isinstance(value, str) and value in names
 
 
 def per_layer(name: str, value, layers: int) -> list:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtlkernels.ops import expert_linear
 
 from . import stacking
-from .arguments import count, counts, per_layer
+from .arguments import count, counts, is_one_of, per_layer
 from .norms import NORMS
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _activation(name: str, value: str | None) -> str | None:
-    if value is not None and value not in ACTIVATIONS:
+    if value is not None and not is_one_of(value, ACTIVATIONS):
         raise ValueError(f"{name} must be None or one of {', '.join(ACTIVATIONS)}; got {value!r}")
     return value
 
@@ -157,7 +157,7 @@ class ExpertMLP(nn.Module):
                 raise ValueError(f"dropout must be a probability in [0, 1); got {p!r}")
         kinds = per_layer("norm", norm, len(dims))
         for kind in kinds:
-            if kind is not None and kind not in NORMS:
+            if kind is not None and not is_one_of(kind, NORMS):
                 raise ValueError(f"norm must be None, 'batch' or 'layer'; got {kind!r}")
         factory = {"device": device, "dtype": dtype}
         self.linears, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -276,6 +276,7 @@ class Towers(nn.Module):
         super().__init__()
         self.in_features = count("in_features", in_features, 0)
         self.num_tasks = count("num_tasks", num_tasks, 1)
+        dims = counts("dims", dims, 0)
         outputs = [out_features] * num_tasks if isinstance(out_features, int) else out_features
         self.out_features = counts("out_features", outputs, 1)
         names = [f"task{t}" for t in range(num_tasks)] if task_names is None else list(task_names)

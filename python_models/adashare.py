@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mtl
-from mtlkernels.arguments import count
+from mtlkernels.arguments import count, is_one_of
 from mtlkernels.nn import ACTIVATIONS, ExpertLinear
 
 from .layers import Blocks, Pick, RoutedMix, check_input, check_levels
@@ -258,7 +258,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_features: int, dims: Sequence[int], build: Blocks) -> None:
         super().__init__()
-        if build.activation is not None and build.activation not in ACTIVATIONS:
+        if build.activation is not None and not is_one_of(build.activation, ACTIVATIONS):
             raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {build.activation!r}")
         self.activation = build.activation
         last_linear = replace(build, activation=[build.activation] * (len(dims) - 1) + [None])

@@ -51,6 +51,7 @@ class Blocks:
             raise ValueError(f"gate_init must be 'zero_bias', 'torch_default' or 'zero'; got {self.gate_init!r}")
         if self.gate is not None and len(self.gate_dims):
             raise ValueError(f"gate_dims={list(self.gate_dims)} is for the built-in gates; gate= makes whole gates")
+        counts("gate_dims", self.gate_dims, 0)
         for name in ("expert", "gate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a factory, a callable that makes modules; got {getattr(self, name)!r}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtlkernels.arguments import count, counts
+from mtlkernels.arguments import count, counts, is_one_of
 from mtlkernels.nn import ACTIVATIONS, Towers
 
 from .star_layers import PartitionedNorm, StarLinear, check_rows, extended, known
@@ -63,7 +63,7 @@ class STAR(nn.Module):
             raise ValueError(f"mode must be 'product' or 'logit_sum'; got {mode!r}")
         if fallback not in (None, "shared"):
             raise ValueError(f"fallback must be None or 'shared'; got {fallback!r}")
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and not is_one_of(activation, ACTIVATIONS):
             raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability in [0, 1); got {dropout!r}")

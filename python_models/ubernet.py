@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mtlkernels as mtl
-from mtlkernels.arguments import count, counts
+from mtlkernels.arguments import count, counts, is_one_of
 from mtlkernels.nn import ExpertLinear, ExpertMLP
 
 from .layers import RoutedMix, check_input
@@ -70,7 +70,7 @@ class UberNet(nn.Module):
         self.views, dims = count("views", views, 1), counts("dims", dims, 0)
         if not dims:
             raise ValueError("dims must name at least one layer; got an empty sequence")
-        if skip_norm not in SKIP_NORMS:
+        if skip_norm is not None and not is_one_of(skip_norm, SKIP_NORMS):
             raise ValueError(f"skip_norm must be None, 'batch' or 'layer'; got {skip_norm!r}")
         self.out_features = _per_task("out_features", out_features, num_tasks)
         chosen = self.out_features if skip_features is None else skip_features

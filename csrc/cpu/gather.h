@@ -13,7 +13,7 @@ inline Operand gather(const Operand& o, const int64_t* rows, int64_t n, int64_t 
   if (consecutive(rows, n)) return moved(o, rows[0], 0, element);
   const size_t bytes = cols * element;
   const auto copy = [&](const void* from, char* to) {
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < n && bytes > 0; ++i)
       std::memcpy(to + i * bytes, static_cast<const char*>(from) + rows[i] * o.stride * int64_t(element), bytes);
     return to;
   };
@@ -23,7 +23,8 @@ inline Operand gather(const Operand& o, const int64_t* rows, int64_t n, int64_t 
 }
 
 inline void scatter(const char* from, void* to, const int64_t* rows, int64_t n, size_t bytes, int64_t stride_bytes) {
-  for (int64_t i = 0; i < n; ++i) std::memcpy(static_cast<char*>(to) + rows[i] * stride_bytes, from + i * bytes, bytes);
+  for (int64_t i = 0; i < n && bytes > 0; ++i)
+    std::memcpy(static_cast<char*>(to) + rows[i] * stride_bytes, from + i * bytes, bytes);
 }
 
 // Buffers of one task, one after the other in a thread's scratch.

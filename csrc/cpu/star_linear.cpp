@@ -337,7 +337,8 @@ void parameter_gradients(const Problem& q, const Operand& x, const Operand& dz, 
       const int64_t p = i - num_lanes * parts;  // a domain without rows: its gradients are zero
       if (q.rows.count(p) > 0) return;
       const auto clear = [&](const Tensor& t, int64_t n) {
-        std::memset(static_cast<char*>(t.mutable_data_ptr()) + p * n * int64_t(q.w_element), 0, n * q.w_element);
+        if (n > 0)
+          std::memset(static_cast<char*>(t.mutable_data_ptr()) + p * n * int64_t(q.w_element), 0, n * q.w_element);
       };
       if (wanted.domain_weight) clear(out.ddomain_weight, q.slice());
       if (wanted.domain_bias) clear(out.ddomain_bias, q.outputs);

@@ -14,6 +14,17 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // Scratch up to this size stays with its thread; more goes back at the next call that needs less than half of it.
 constexpr size_t kScratchKept = size_t{64} << 20;
 
+// Under the address sanitizer every block is as large as what was asked for, so that a byte beyond it is noticed.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kExact = true;
+constexpr size_t kGrain = 64;
+#else
+constexpr bool kExact = false;
+constexpr size_t kGrain = kHugePage;
+#endif
+
+size_t rounded(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
+
 void ask_for_huge_pages(void* data, size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes < 2 * kHugePage) return;
@@ -105,8 +116,8 @@ Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
     elements *= sizes[d];
   }
   const size_t bytes = size_t(elements) * element_size(dtype);
-  if (bytes >= kHugePage) {
-    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  if (bytes >= kHugePage && !kExact) {
+    const size_t whole = rounded(bytes, kHugePage);
     return torch::stable::from_blob(pool().take(whole), {sizes, size_t(dims)}, {strides, size_t(dims)},
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
                                     [whole](void* data) { pool().give(data, whole); });
@@ -153,12 +164,12 @@ Tensor dense_rows(const Tensor& t) {
 void* scratch(int slot, size_t bytes) {
   thread_local Buffer buffers[6];
   Buffer& buffer = buffers[slot];
-  const bool oversized = buffer.bytes > kScratchKept && bytes < buffer.bytes / 2;
+  const bool oversized = kExact ? bytes != buffer.bytes : buffer.bytes > kScratchKept && bytes < buffer.bytes / 2;
   if (bytes > buffer.bytes || oversized) {
     std::free(buffer.data);
     buffer.bytes = 0;  // stays so if there is no memory
-    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    buffer.data = std::aligned_alloc(kHugePage, whole);
+    const size_t whole = rounded(bytes, kGrain);
+    buffer.data = std::aligned_alloc(kGrain, whole);
     STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", whole, " bytes of scratch");
     buffer.bytes = whole;
     ask_for_huge_pages(buffer.data, whole);

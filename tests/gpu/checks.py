@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.graphs import captured
+from mtlkernels.reference.expert_linear import accumulate_dtype
 from tests.ops.cases import GRAD_LAYOUTS, Outcome, agree, close, expected, layouts, outcome, same_bits
 
 from .subjects import Subject, Tensors
@@ -30,7 +31,8 @@ def run(subject: Subject, device: str, backend: str, tensors: Tensors, grad: Gra
 def right(subject: Subject, found: Outcome, tensors: Tensors, grad: Grad | None = None, floor: float = 0) -> None:
     """`found` is what the reference gives for these tensors, CPU ones, in float64."""
     wanted = expected(subject.bind("cpu"), tensors, grad or subject.grad)
-    agree(home(found), wanted, tensors, max(subject.floor, floor), torch.float32 if subject.total else None)
+    sums = accumulate_dtype(tensors[0].dtype)
+    agree(home(found), wanted, tensors, max(subject.floor, floor), sums if subject.total else None)
 
 
 def home(found: Outcome) -> Outcome:

@@ -51,7 +51,7 @@ def _there(thing: Any, device: str) -> Any:
     return None if thing is None else thing.to(device)
 
 
-def _linear(case: Linear, activation: str | None) -> Subject:
+def linear_subject(case: Linear, activation: str | None) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         def call(x, weight, bias, backend=None):
             return mtl.expert_linear(
@@ -63,7 +63,7 @@ def _linear(case: Linear, activation: str | None) -> Subject:
     return Subject("expert_linear", case.tensors, bind)
 
 
-def _mix(case: Mix, unread: Callable[[Tensors], Tensors] | None = None) -> Subject:
+def mix_subject(case: Mix, unread: Callable[[Tensors], Tensors] | None = None) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         mask, routes = _there(case.mask, device), _there(case.routes, device)
 
@@ -77,7 +77,9 @@ def _mix(case: Mix, unread: Callable[[Tensors], Tensors] | None = None) -> Subje
     return Subject("mix", case.tensors, bind, unread=unread)
 
 
-def _fused(case: fused.Fused, activation: str | None, unread: Callable[[Tensors], Tensors] | None = None) -> Subject:
+def fused_subject(
+    case: fused.Fused, activation: str | None, unread: Callable[[Tensors], Tensors] | None = None
+) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         mask, routes = _there(case.mixing.mask, device), _there(case.mixing.routes, device)
 
@@ -90,7 +92,7 @@ def _fused(case: fused.Fused, activation: str | None, unread: Callable[[Tensors]
     return Subject("expert_mix", case.tensors, bind, unread=unread)
 
 
-def _snr(case: snr.Snr, activation: str | None, skip: bool) -> Subject:
+def snr_subject(case: snr.Snr, activation: str | None, skip: bool) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         def call(x, weight, gate, bias, backend=None):
             return mtl.snr_linear(x, weight, gate, bias, activation=activation, skip_closed=skip, backend=backend)
@@ -104,7 +106,7 @@ def _snr(case: snr.Snr, activation: str | None, skip: bool) -> Subject:
     return Subject("snr_linear", case.tensors, bind, unread=unread if skip else None)
 
 
-def _star(case: star.Star, activation: str | None, domain: Tensor | None = None) -> Subject:
+def star_subject(case: star.Star, activation: str | None, domain: Tensor | None = None) -> Subject:
     ids = case.domain if domain is None else domain
 
     def bind(device: str) -> Callable[..., Tensor]:
@@ -126,12 +128,13 @@ def _star(case: star.Star, activation: str | None, domain: Tensor | None = None)
     return Subject("star_linear", case.tensors, bind, floor=1, unread=unread if case.domains > case.batch else None)
 
 
-def _norm(case: norms.Norm) -> Subject:
+def norm_subject(case: norms.Norm) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         domain, running = case.domain.to(device), [t.to(device) for t in case.running()]
 
         def call(x, weight, bias, domain_weight, domain_bias, backend=None):
-            mean, var = (t.to(norms.accumulate(x.dtype), copy=True) for t in running)
+            sums = norms.accumulate(x.dtype) if isinstance(x, Tensor) else torch.float32
+            mean, var = (t.to(sums, copy=True) for t in running)
             return mtl.partitioned_norm(x, domain, weight, bias, domain_weight, domain_bias, mean, var,
                                         training=case.training, backend=backend)  # fmt: skip
 
@@ -140,7 +143,7 @@ def _norm(case: norms.Norm) -> Subject:
     return Subject("partitioned_norm", case.tensors, bind, norm_tests.FLOOR, mixes=case.training)
 
 
-def _gate(shape: tuple[int, ...], drawn: bool) -> Subject:
+def gate_subject(shape: tuple[int, ...], drawn: bool) -> Subject:
     # Of many some would lie where the gate turns on the last digits of 1 - noise, of which float32 has few.
     least = 0.0 if math.prod(shape) < 1000 else 1e-3
     noise = gates.inputs(shape)[1].float().clamp(least, 1 - least) if drawn else None
@@ -158,7 +161,7 @@ def _gate(shape: tuple[int, ...], drawn: bool) -> Subject:
     return Subject("hard_concrete", lambda dtype: [gates.inputs(shape, dtype)[0]], bind, floor=2)
 
 
-def _count(shape: tuple[int, ...]) -> Subject:
+def count_subject(shape: tuple[int, ...]) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         def call(log_alpha, backend=None):
             with mtl.use_backend(backend):
@@ -175,7 +178,7 @@ def _large(out: Tensor) -> Tensor:
     return torch.full_like(out, 4096.0)
 
 
-def _esmm(batch: int, scale: float = 4.0) -> Subject:
+def esmm_subject(batch: int, scale: float = 4.0) -> Subject:
     click, conversion = esmm.rows(batch)[2:]
 
     def bind(device: str) -> Callable[..., Tensor]:
@@ -190,7 +193,7 @@ def _esmm(batch: int, scale: float = 4.0) -> Subject:
     return Subject("esmm_loss", make, bind, grad=_large, total=True)
 
 
-def _bce(shape: tuple[int, int], masked: bool, scale: float = 1.0) -> Subject:
+def bce_subject(shape: tuple[int, int], masked: bool, scale: float = 1.0) -> Subject:
     _, labels, mask = bce.batch(shape)
 
     def bind(device: str) -> Callable[..., Tensor]:
@@ -261,83 +264,83 @@ def _by_activation(make: Callable[..., Subject], case: Any, *rest: Any) -> dict[
 _BIG_NORM, _BIG_EVAL = norms.make(BEYOND, 3, 4), norms.make(BEYOND, 3, 4, False)
 EVERY: dict[str, dict[str, Subject]] = {
     "expert_linear": {
-        **_table(_linear, {**LINEAR, "beyond a grid": Linear(BEYOND, 2, 3, 4)}, ACTIVATIONS),
-        **_by_activation(_linear, LINEAR["unequal"]),
+        **_table(linear_subject, {**LINEAR, "beyond a grid": Linear(BEYOND, 2, 3, 4)}, ACTIVATIONS),
+        **_by_activation(linear_subject, LINEAR["unequal"]),
     },
     "mix": {
-        **_table(_mix, {**MIX, "beyond a grid": make_mix("both", BEYOND, 2, 3, 4)}),
-        "extreme": _mix(_extreme(MIX["both, over a block"])),
-        "extreme, masked": _mix(_extreme(MIX["both masked, over a block"])),
+        **_table(mix_subject, {**MIX, "beyond a grid": make_mix("both", BEYOND, 2, 3, 4)}),
+        "extreme": mix_subject(_extreme(MIX["both, over a block"])),
+        "extreme, masked": mix_subject(_extreme(MIX["both masked, over a block"])),
     },
     "expert_mix": {
         **{
-            f"{form}, {shape}": _fused(fused.make(form, shape), activation)
+            f"{form}, {shape}": fused_subject(fused.make(form, shape), activation)
             for (form, shape), activation in zip(
                 itertools.product(("both", "logits masked", "static packed"), fused.SHAPES),
                 itertools.cycle(ACTIVATIONS), strict=False)
         },
-        **_table(_fused, {f"{form}, odd, again": case for form, case in fused.ODD.items()}, ACTIVATIONS),
-        **_by_activation(_fused, fused.UNITS),
-        "beyond a grid": _fused(fused.Fused(Linear(BEYOND, 3, 4, 5), make_mix("both", BEYOND, 2, 3, 4)), "relu"),
-        "extreme": _fused(
+        **_table(fused_subject, {f"{form}, odd, again": case for form, case in fused.ODD.items()}, ACTIVATIONS),
+        **_by_activation(fused_subject, fused.UNITS),
+        "beyond a grid": fused_subject(fused.Fused(Linear(BEYOND, 3, 4, 5), make_mix("both", BEYOND, 2, 3, 4)), "relu"),
+        "extreme": fused_subject(
             fused.make("both", "over a block")._replace(mixing=_extreme(make_mix("both", 101, 4, 9, 33))), "gelu"
         ),
     },
     "snr_linear": {
         **{
-            f"{name}, {'skip closed' if skip else 'all'}": _snr(case, activation, skip)
+            f"{name}, {'skip closed' if skip else 'all'}": snr_subject(case, activation, skip)
             for ((name, case), skip), activation in zip(
                 itertools.product([*snr.CASES.items(), ("beyond a grid", snr.Snr(BEYOND, 2, 2, 3, 4))], (False, True)),
                 itertools.cycle(ACTIVATIONS), strict=False)
         },
-        **_by_activation(_snr, snr.ODD, True),
+        **_by_activation(snr_subject, snr.ODD, True),
     },
     "star_linear": {
-        **_table(_star, {**star.CASES, "beyond a grid": star.Star(BEYOND, 3, 3, 4)}, ACTIVATIONS),
-        **_by_activation(_star, star.MIDDLE),
+        **_table(star_subject, {**star.CASES, "beyond a grid": star.Star(BEYOND, 3, 3, 4)}, ACTIVATIONS),
+        **_by_activation(star_subject, star.MIDDLE),
     },
-    "partitioned_norm": _table(
-        _norm, {**norms.CASES, "few": norms.FEW, "beyond a grid, train": _BIG_NORM, "beyond a grid, eval": _BIG_EVAL}
-    ),
+    "partitioned_norm": _table(norm_subject, {
+        **norms.CASES, "few": norms.FEW, "beyond a grid, train": _BIG_NORM, "beyond a grid, eval": _BIG_EVAL
+    }),
     "hard_concrete": {
-        f"{shape}, {'drawn' if drawn else 'serving'}": _gate(shape, drawn)
+        f"{shape}, {'drawn' if drawn else 'serving'}": gate_subject(shape, drawn)
         for shape in (*gates.SHAPES, (BEYOND,)) for drawn in (True, False)
     },
-    "hard_concrete_l0": {str(shape): _count(shape) for shape in (*gates.SHAPES, (BEYOND,))},
+    "hard_concrete_l0": {str(shape): count_subject(shape) for shape in (*gates.SHAPES, (BEYOND,))},
     "esmm_loss": {
-        **{str(batch): _esmm(batch) for batch in (0, 1, 3, 255, 256, 257, 2049, 5000, BEYOND)},
-        "extreme": _esmm(301, 200.0),
+        **{str(batch): esmm_subject(batch) for batch in (0, 1, 3, 255, 256, 257, 2049, 5000, BEYOND)},
+        "extreme": esmm_subject(301, 200.0),
     },
     "masked_bce": {
         **{
-            f"{shape}, {'masked' if masked else 'all'}": _bce(shape, masked)
+            f"{shape}, {'masked' if masked else 'all'}": bce_subject(shape, masked)
             for shape in (*bce.SHAPES, (0, 3), (3, 0), (0, 0), (BEYOND, 3), (3, BEYOND)) for masked in (True, False)
         },
-        "extreme": _bce((65, 4), True, 100.0),
+        "extreme": bce_subject((65, 4), True, 100.0),
     },
 }  # fmt: skip
 
 # Some of every operator, a few numbers each, for what asks for several calls.
 USUAL: dict[str, Subject] = {
-    "expert_linear, units": _linear(LINEAR["unequal"], "gelu"),
-    "expert_linear, shared": _linear(Linear(9, 3, 7, 20), "relu"),
-    "mix, masked": _mix(_free("both masked"), _hurt_experts),
-    "mix, packed": _mix(_free("both packed"), _hurt_experts),
-    "mix, native": _mix(MIX["native, odd"]),
-    "mix, channel": _mix(MIX["channel, odd"]),
-    "expert_mix, units": _fused(fused.UNITS, "silu"),
-    "expert_mix, masked": _fused(fused.Fused(Linear(5, 7, 20, 9), _free("both masked")), "relu", _hurt_weights),
-    "expert_mix, packed": _fused(fused.Fused(Linear(5, 7, 20, 9), _free("both packed")), "gelu", _hurt_weights),
-    "snr_linear": _snr(snr.Snr(9, 3, 4, 19, 21), "tanh", True),
-    "snr_linear, all": _snr(snr.Snr(9, 3, 4, 19, 21), "gelu", False),
-    "star_linear": _star(star.CASES["more domains than rows"], "silu"),
-    "star_linear, skewed": _star(star.Star(40, 3, 9, 10, "skewed"), "relu"),
-    "partitioned_norm, train": _norm(norms.make(13, 7, 3)),
-    "partitioned_norm, eval": _norm(norms.make(13, 7, 3, False)),
-    "hard_concrete": _gate((5, 7), True),
-    "hard_concrete_l0": _count((5, 7)),
-    "esmm_loss": _esmm(33),
-    "masked_bce": _bce((33, 3), True),
+    "expert_linear, units": linear_subject(LINEAR["unequal"], "gelu"),
+    "expert_linear, shared": linear_subject(Linear(9, 3, 7, 20), "relu"),
+    "mix, masked": mix_subject(_free("both masked"), _hurt_experts),
+    "mix, packed": mix_subject(_free("both packed"), _hurt_experts),
+    "mix, native": mix_subject(MIX["native, odd"]),
+    "mix, channel": mix_subject(MIX["channel, odd"]),
+    "expert_mix, units": fused_subject(fused.UNITS, "silu"),
+    "expert_mix, masked": fused_subject(fused.Fused(Linear(5, 7, 20, 9), _free("both masked")), "relu", _hurt_weights),
+    "expert_mix, packed": fused_subject(fused.Fused(Linear(5, 7, 20, 9), _free("both packed")), "gelu", _hurt_weights),
+    "snr_linear": snr_subject(snr.Snr(9, 3, 4, 19, 21), "tanh", True),
+    "snr_linear, all": snr_subject(snr.Snr(9, 3, 4, 19, 21), "gelu", False),
+    "star_linear": star_subject(star.CASES["more domains than rows"], "silu"),
+    "star_linear, skewed": star_subject(star.Star(40, 3, 9, 10, "skewed"), "relu"),
+    "partitioned_norm, train": norm_subject(norms.make(13, 7, 3)),
+    "partitioned_norm, eval": norm_subject(norms.make(13, 7, 3, False)),
+    "hard_concrete": gate_subject((5, 7), True),
+    "hard_concrete_l0": count_subject((5, 7)),
+    "esmm_loss": esmm_subject(33),
+    "masked_bce": bce_subject((33, 3), True),
 }
 BAD_IDS = torch.tensor([3, 11])
 _ODD_STAR, _ODD_NORM = star.Star(13, 3, 5, 4), norms.make(13, 7, 3)
@@ -348,11 +351,11 @@ _KNOWN = torch.tensor([row not in BAD_IDS for row in range(13)])
 # Beside each call with two ids out of range, the same without their rows.
 BROKEN: dict[str, tuple[Subject, Subject]] = {
     "star_linear": (
-        _star(_ODD_STAR, "tanh", _IDS["star_linear"]),
-        _star(_ODD_STAR, "tanh", _ODD_STAR.domain[_KNOWN]),
+        star_subject(_ODD_STAR, "tanh", _IDS["star_linear"]),
+        star_subject(_ODD_STAR, "tanh", _ODD_STAR.domain[_KNOWN]),
     ),
     "partitioned_norm": (
-        _norm(_ODD_NORM._replace(domain=_IDS["partitioned_norm"])),
-        _norm(_ODD_NORM._replace(domain=_ODD_NORM.domain[_KNOWN])),
+        norm_subject(_ODD_NORM._replace(domain=_IDS["partitioned_norm"])),
+        norm_subject(_ODD_NORM._replace(domain=_ODD_NORM.domain[_KNOWN])),
     ),
 }

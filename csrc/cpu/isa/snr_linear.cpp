@@ -12,6 +12,7 @@ constexpr int64_t kChunk = 256;
 template <class S>
 void row(Activation activation, const void* from, const void* saved, void* to, int64_t n) {
   using C = SumOf<S>;
+  if (n == 0) return;
   const S* in = static_cast<const S*>(from);
   if (saved)
     activation_gradient(activation, in, static_cast<const S*>(saved), static_cast<C*>(to), n);
