@@ -179,7 +179,8 @@ class _AllOutputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Grads:
-        tensors, statistics = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them for one reading
+        tensors, statistics = saved[:6], saved[6:]
         needs = ctx.needs_input_grad[1:7]
         mean, var, _ = statistics
         if grad is None:
