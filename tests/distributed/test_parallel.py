@@ -1,0 +1,98 @@
+"""Networks on several ranks equal the same network on one: outputs, gradients, losses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from python_models import CGC, PLE, AdaTT, CrossStitch, MMoE, MultiTaskModel, Towers
+
+from .world import run
+
+T = 3
+FUSIONS = {
+    "mmoe": lambda **b: MMoE(6, T, [5, 3], [[5, 4], [4]], **b),
+    "omoe": lambda **b: MMoE(6, T, 5, [[5, 4]], gate_dims=[3], omoe=True, **b),
+    "ple": lambda **b: PLE(6, T, [[1, 2, 0], [2, 1, 1]], [2, 1], [[5, 4], [4]], **b),
+    "ple, no shared": lambda **b: PLE(6, T, [1, 2, 3], 0, [[5], [4]], gate_dims=[3], **b),
+    "cgc": lambda **b: CGC(6, T, 0, 5, [5, 4], **b),
+    "adatt": lambda **b: AdaTT(6, T, [[1, 2, 2], [2, 0, 1]], [1, 2], [[5, 4], [4]], **b),
+    "adatt, ones": lambda **b: AdaTT(6, T, 1, 0, [[5], [4]], **b),
+    "adatt, plain": lambda **b: AdaTT(6, T, 2, 0, [[5], [4]], residual=False, **b),
+    "cross stitch": lambda **b: CrossStitch(6, T, [[5, 4], [4]], **b),
+}
+
+
+def build(name, **options):
+    torch.manual_seed(3)
+    return MultiTaskModel(FUSIONS[name](**options), Towers(4, T, [3])).double()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def close(found, expected, name):
+    torch.testing.assert_close(
+        whole(found.detach()), expected.detach(), rtol=1e-11, atol=1e-12, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def mesh_of(ranks, plan):
+    from python_models.parallel import parallelize
+
+    plan = [plan] if isinstance(plan, str) else plan
+    shape = (ranks,) if len(plan) == 1 else (2, ranks // 2)
+    return parallelize, init_device_mesh("cpu", shape, mesh_dim_names=tuple(plan))
+
+
+def same(rank, ranks, plan, names, options):
+    """Output and every gradient; ranks of "data" and "fsdp" have a part of the rows, and average."""
+    parallelize, mesh = mesh_of(ranks, plan)
+    failed = {}
+    for name in names:
+        try:
+            one = build(name, **options)
+            spread = parallelize(copy.deepcopy(one), mesh, plan)
+            torch.manual_seed(4)
+            x, parts, part = torch.randn(8, 6).double(), 1, 0
+            for axis in ("data", "fsdp"):
+                if axis in mesh.mesh_dim_names:
+                    parts, part = mesh[axis].size(), mesh[axis].get_local_rank()
+            rows = slice(part * 8 // parts, (part + 1) * 8 // parts)
+            a, b = x.clone().requires_grad_(), x[rows].clone().requires_grad_()
+            expected, found = one(a), spread(b)
+            if not options.get("norm") == "batch" or parts == 1:
+                close(found, expected[rows], name)
+            weight = torch.randn_like(expected)
+            (expected * weight).mean().backward()
+            (found * weight[rows]).mean().backward()
+            close(b.grad, a.grad[rows] * parts, f"{name} x")
+            theirs = dict(one.named_parameters())
+            for key, p in spread.named_parameters():
+                assert p.grad is not None, key
+                close(p.grad, theirs.pop(key).grad, f"{name} {key}")
+            assert not theirs
+            for key, value in spread.named_buffers():
+                if parts == 1:
+                    close(value, one.get_buffer(key), f"{name} {key}")
+        except Exception as error:
+            import traceback
+
+            failed[name] = "".join(traceback.format_exception(error))[-3000:]
+            if "assert_close" not in failed[name]:
+                raise
+    return failed
+
+
+def check(ranks, plan, names, **options):
+    for rank, failed in enumerate(run(ranks, same, ranks, plan, names, options)):
+        assert not failed, f"rank {rank}\n" + "\n".join(f"{k}: {v}" for k, v in failed.items())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts(ranks):
+    check(ranks, "experts", list(FUSIONS))
