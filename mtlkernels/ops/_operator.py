@@ -43,8 +43,8 @@ class Operator:
     """
 
     all: ClassVar[dict[str, "Operator"]] = {}
-    # What :mod:`mtlkernels.sharding` does with a call on DTensors: (operator, which, wants_grad, args) -> the result, or
-    # None for a call on other tensors.
+    # What :mod:`mtlkernels.sharding` does with a call on DTensors: (operator, which, wants_grad, args) -> the result,
+    # or None for a call on other tensors.
     distributed: ClassVar[Callable[..., Tensor | None] | None] = None
 
     def __init__(
