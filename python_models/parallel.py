@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,27 +81,69 @@ def _over_rows(model: nn.Module, mesh: DeviceMesh, plan: str) -> None:
         replicate(model, mesh=mesh)
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> int:
-    """Shards every bank of two experts or more, towers and gates' hidden layers aside; how many there were."""
-    mixed, found = {}, 0
+@dataclass(frozen=True)
+class Mixed:
+    """How a bank's outputs are mixed.
+
+    Attributes:
+        level: its gates.
+        sharded: these lie on the ranks that have the experts; otherwise every rank has all logits.
+        outputs: rows of the result.
+        native: learned weights of AdaTT's residual, 0 where there are none.
+    """
+
+    level: Gates
+    sharded: bool
+    outputs: int
+    native: int = 0
+
+
+def mixed_banks(model: nn.Module) -> dict[nn.Module, Mixed]:
+    """The banks that gates mix; other banks' outputs are read one by one."""
+    found: dict[nn.Module, Mixed] = {}
     for module in model.modules():
         if isinstance(module, MMoE):
-            mixed.update(dict(zip(module.experts, module.gates, strict=True)))
-            module.register_forward_hook(_plain_output)
+            outputs = [len(gates.routes) for gates in module.gates[:-1]] + [module.num_tasks]
+            pairs = zip(module.experts, module.gates, outputs, [0] * len(outputs), strict=True)
         elif isinstance(module, (CGCLevel, AdaTTLevel)):
-            mixed[module.experts] = module.gates
-            module.register_forward_hook(_plain_output)
-    kept = {m for top in model.modules() if isinstance(top, (Towers, Gates)) for m in top.modules()}
-    for module in list(model.modules()):
-        if isinstance(module, (ExpertMLP, ExpertLinear)) and module not in kept and module.num_experts > 1:
-            gates = mixed.get(module)
-            _spread(module, mesh, 0, gather=gates is None)
-            kept.update(module.modules())
-            found += 1
-            if gates is not None and not gates.packed and gates.norm is None and gates.logits is not None:
-                if gates.logits.weight.shape[:2] == (len(gates.routes), module.num_experts):
-                    _spread(gates.logits, mesh, 1, gather=False)
+            native = getattr(module, "native", None)
+            pairs = [(module.experts, module.gates, len(module.gates.routes), 0 if native is None else len(native))]
+        else:
+            continue
+        for bank, gates, outputs, native in pairs:
+            found[bank] = Mixed(gates, _follows(gates, bank), outputs, native)
     return found
+
+
+def _follows(gates: Gates, bank: nn.Module) -> bool:
+    """Whether the gates can be cut as the experts are: one logit an expert in every row, and no norm over them."""
+    if gates.packed or gates.norm is not None or gates.logits is None or not isinstance(bank, ExpertMLP):
+        return False
+    return gates.logits.weight.shape[:2] == (len(gates.routes), bank.num_experts)
+
+
+def sharded_banks(model: nn.Module) -> list[nn.Module]:
+    """The banks of two experts or more, towers and gates aside."""
+    kept = {m for top in model.modules() if isinstance(top, (Towers, Gates)) for m in top.modules()}
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, (ExpertMLP, ExpertLinear)) and module not in kept and module.num_experts > 1:
+            found.append(module)
+            kept.update(module.modules())
+    return found
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> int:
+    """Spreads every one of :func:`sharded_banks` over a mesh of one dimension, in place; how many there were."""
+    mixed, banks = mixed_banks(model), sharded_banks(model)
+    for module in model.modules():
+        if isinstance(module, (MMoE, CGCLevel, AdaTTLevel)):
+            module.register_forward_hook(_plain_output)
+    for bank in banks:
+        _spread(bank, mesh, 0, gather=bank not in mixed)
+        if bank in mixed and mixed[bank].sharded:
+            _spread(mixed[bank].level.logits, mesh, 1, gather=False)
+    return len(banks)
 
 
 def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:
