@@ -21,7 +21,9 @@ from torch import nn
 import mtlkernels as mtl
 from mtlkernels.nn import ExpertLinear, ExpertMLP
 from python_models import MMoE, MultiTaskModel, Towers
-from python_models.parallel import mixed_banks, sharded_banks
+from python_models.parallel import Mixed, mixed_banks, sharded_banks
+
+Calls = dict[nn.Module, list[tuple[torch.Size, bool]]]
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,30 @@ def expert_step(model: nn.Module, rows: int, ranks: int, grad_input: bool = Fals
     calls = _calls(model, rows, grad_input)
     mixed = mixed_banks(model)
     for bank in sharded_banks(model):
-        shape, wants = calls[bank]
-        if wants:
-            yield Sent("all_reduce", shape.numel(), itemsize, "gradient of the experts' input")
-        gates = mixed.get(bank)
-        if gates is None:
+        for shape, wants in calls[bank]:  # several, where layers share a bank
+            if wants:
+                yield Sent("all_reduce", shape.numel(), itemsize, "gradient of the experts' input")
+            if bank in mixed:
+                continue
             out = shape[0] * padded(bank.num_experts, ranks) * bank.out_features
             yield Sent("all_gather", out, itemsize, "the experts' outputs")
-            continue
-        count = len(gates.level.routes)
-        if gates.sharded:
-            shape, wants = calls[gates.level.logits]
+        if bank in mixed:
+            yield from _mix(bank, mixed[bank], rows, calls, itemsize)
+
+
+def _mix(bank: nn.Module, how: Mixed, rows: int, calls: Calls, itemsize: int) -> Iterator[Sent]:
+    routes = how.gates.routes
+    if how.sharded:
+        for shape, wants in calls[how.gates.logits]:
             if wants:
                 yield Sent("all_reduce", shape.numel(), itemsize, "gradient of the gates' input")
-        else:
-            yield Sent("all_reduce", rows * sum(gates.level.routes), itemsize, "gradient of the logits")
-        for what in ("largest", "sum", "gradient's sum"):
-            yield Sent("all_reduce", rows * count, max(itemsize, 4), f"softmax: {what}")
-        yield Sent("all_reduce", rows * gates.outputs * bank.out_features, itemsize, "what the experts mix to")
-        if gates.native:
-            yield Sent("all_reduce", gates.native, itemsize, "gradient of the residual weights")
+    else:
+        yield Sent("all_reduce", rows * sum(routes), itemsize, "gradient of the logits")
+    for what in ("largest", "sum", "gradient's sum"):
+        yield Sent("all_reduce", rows * len(routes), max(itemsize, 4), f"softmax: {what}")
+    yield Sent("all_reduce", rows * how.outputs * bank.out_features, itemsize, "what the experts mix to")
+    if how.native:
+        yield Sent("all_reduce", how.native, itemsize, "gradient of the residual weights")
 
 
 def row_step(parameters: list[torch.Size], ranks: int, plan: str, itemsize: int = 4) -> Iterator[Sent]:
@@ -90,12 +96,12 @@ def sent(collectives: Iterator[Sent], ranks: int) -> Fraction:
     return sum((ring(c.kind, c.elements * c.itemsize, ranks) for c in collectives), Fraction(0))
 
 
-def _calls(model: nn.Module, rows: int, grad_input: bool) -> dict[nn.Module, tuple[torch.Size, bool]]:
-    """Of every bank: the shape of its input, and whether that needs a gradient."""
+def _calls(model: nn.Module, rows: int, grad_input: bool) -> Calls:
+    """Of every bank's calls: the shape of the input, and whether that needs a gradient."""
     found, hooks = {}, []
 
     def note(module: nn.Module, args: tuple) -> None:
-        found[module] = args[0].shape, args[0].requires_grad
+        found.setdefault(module, []).append((args[0].shape, args[0].requires_grad))
 
     for module in model.modules():
         if isinstance(module, (ExpertMLP, ExpertLinear)):

@@ -86,13 +86,13 @@ class Mixed:
     """How a bank's outputs are mixed.
 
     Attributes:
-        level: its gates.
+        gates: of its rows.
         sharded: these lie on the ranks that have the experts; otherwise every rank has all logits.
         outputs: rows of the result.
         native: learned weights of AdaTT's residual, 0 where there are none.
     """
 
-    level: Gates
+    gates: Gates
     sharded: bool
     outputs: int
     native: int = 0
@@ -142,7 +142,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> int:
     for bank in banks:
         _spread(bank, mesh, 0, gather=bank not in mixed)
         if bank in mixed and mixed[bank].sharded:
-            _spread(mixed[bank].level.logits, mesh, 1, gather=False)
+            _spread(mixed[bank].gates.logits, mesh, 1, gather=False)
     return len(banks)
 
 

@@ -32,7 +32,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         namespace, name = func.namespace, func._schema.name.split("::")[1]
-        if namespace in ("_c10d_functional", "c10d") and name not in ("wait_tensor", "barrier"):
+        if namespace in ("_c10d_functional", "c10d") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             if name not in KINDS:
                 raise AssertionError(f"a collective that is not counted: {func}")
             tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]

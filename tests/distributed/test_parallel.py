@@ -70,7 +70,7 @@ class Named(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network, self.in_features = network, 6
 
     def forward(self, x):
         if isinstance(self.network, STAR):
