@@ -1,7 +1,7 @@
 """Trains PLE with its experts spread over processes, and goes on from the last checkpoint where there is one.
 
-    torchrun --nproc-per-node 4 docs/train_ple.py
-    torchrun --nproc-per-node 4 docs/train_ple.py --plan fsdp experts --mesh 2 2 --folder checkpoints
+torchrun --nproc-per-node 4 docs/train_ple.py
+torchrun --nproc-per-node 4 docs/train_ple.py --plan fsdp experts --mesh 2 2 --folder checkpoints
 """
 
 import argparse
@@ -85,9 +85,7 @@ def main() -> None:
         if dist.get_rank() == 0 and (step % 20 == 0 or step == options.steps):
             print(f"step {step}  loss {loss:.4f}", flush=True)
 
-    train(
-        options.plan, shape, steps=options.steps, every=options.every, folder=options.folder, after_step=report
-    )
+    train(options.plan, shape, steps=options.steps, every=options.every, folder=options.folder, after_step=report)
     dist.destroy_process_group()
 
 

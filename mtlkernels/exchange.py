@@ -1,8 +1,8 @@
 """Mixing over experts that lie on several ranks: what a sharding rule cannot say, as explicit collectives.
 
-A rule (:mod:`mtlkernels.sharding`) runs an operator on what every rank has, on all ranks in the same way. Some calls are
-not like that: a softmax over experts of several ranks, whose parts must be rescaled; a bank whose units have other
-counts on every rank; a mean over rows. These are functions of DTensors here, with collectives that know their gradients.
+A rule (:mod:`mtlkernels.sharding`) runs an operator on what every rank has, on all ranks alike. Some calls are not like
+that: a softmax over experts of several ranks, whose parts must be rescaled; a bank whose units have other counts on
+every rank; a mean over rows. These are functions of DTensors here, with collectives that know their gradients.
 """
 
 from typing import Any

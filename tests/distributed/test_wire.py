@@ -1,7 +1,5 @@
 """The bytes of real steps equal those of the cost model, exactly."""
 
-import copy
-
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
