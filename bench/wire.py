@@ -70,13 +70,13 @@ def _mix(bank: nn.Module, how: Mixed, rows: int, calls: Calls, itemsize: int) ->
     routes = how.gates.routes
     if how.sharded:
         for shape, wants in calls[how.gates.logits]:
-            if wants:
+            if wants and not how.joint:
                 yield Sent("all_reduce", shape.numel(), itemsize, "gradient of the gates' input")
     else:
         yield Sent("all_reduce", rows * sum(routes), itemsize, "gradient of the logits")
     for what in ("largest", "sum", "gradient's sum"):
         yield Sent("all_reduce", rows * len(routes), max(itemsize, 4), f"softmax: {what}")
-    yield Sent("all_reduce", rows * how.outputs * bank.out_features, itemsize, "what the experts mix to")
+    yield Sent("all_reduce", rows * len(routes) * bank.out_features, itemsize, "what the experts mix to")
     if how.native:
         yield Sent("all_reduce", how.native, itemsize, "gradient of the residual weights")
 
@@ -205,7 +205,7 @@ def draw(rows: list[dict], path: Path) -> None:
     right.set_xticks(range(len(experts)), [str(e) for e in experts], rotation=45)
     right.set_yticks(range(len(ranks)), [str(r) for r in ranks])
     right.set(xlabel="experts", ylabel="ranks")
-    right.set_title("ranks along experts on the best mesh (1: data alone)", loc="left", weight="bold")
+    right.set_title("Best mesh: ranks along experts", loc="left", weight="bold")
     figure.suptitle(
         f"Bytes on the wire, by the model: MMoE, {IN} inputs with gradient, {TASKS} tasks, experts [{OUT}], "
         f"{ROWS} rows a rank, float32, rings",

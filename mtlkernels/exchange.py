@@ -88,7 +88,11 @@ def sharded_dim(tensor: DTensor, dim: int) -> int | None:
     return found[0] if found else None
 
 
-def mix(operator: Any, which: str, args: tuple) -> DTensor:
+# An attribute of experts whose mix is to come back reduced, a plain tensor, for modules that know no DTensor.
+WHOLE = "mixes_to_whole"
+
+
+def mix(operator: Any, which: str, args: tuple) -> Tensor:
     """The mix op on experts [B,E,D] sharded by E along one mesh dimension: partial sums [B,T,D], to be reduced.
 
     Every rank mixes its own experts by its own softmax, then scales by its share of the whole. Dense logits [B,T,E] may
@@ -148,7 +152,8 @@ def mix(operator: Any, which: str, args: tuple) -> DTensor:
     out = (parts[0] if len(parts) == 1 else parts[0] + parts[1]).to(h.dtype)
     placements = [Partial() if i == at else p for i, p in enumerate(experts.placements)]
     shape = (experts.shape[0], out.shape[1], experts.shape[2])
-    return DTensor.from_local(out, mesh, placements, run_check=False, shape=shape, stride=_contiguous(shape))
+    mixed = DTensor.from_local(out, mesh, placements, run_check=False, shape=shape, stride=_contiguous(shape))
+    return mixed.full_tensor() if getattr(experts, WHOLE, False) else mixed
 
 
 def _native(operator, which, h, native, counts, rows, begin, end, mask) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 import mtlkernels.sharding  # noqa: F401  its import registers the operators' rules
-from mtlkernels.exchange import Axis, enter, own_counts, own_part
+from mtlkernels.exchange import WHOLE, Axis, enter, own_counts, own_part
 from mtlkernels.nn import ExpertLinear, ExpertMLP, Towers
 
 from .adatt import AdaTTLevel
@@ -88,14 +89,14 @@ class Mixed:
     Attributes:
         gates: of its rows.
         sharded: these lie on the ranks that have the experts; otherwise every rank has all logits.
-        outputs: rows of the result.
         native: learned weights of AdaTT's residual, 0 where there are none.
+        joint: experts and gates read one input in parts, so that its gradient is reduced once for both.
     """
 
     gates: Gates
     sharded: bool
-    outputs: int
     native: int = 0
+    joint: bool = False
 
 
 def mixed_banks(model: nn.Module) -> dict[nn.Module, Mixed]:
@@ -103,15 +104,16 @@ def mixed_banks(model: nn.Module) -> dict[nn.Module, Mixed]:
     found: dict[nn.Module, Mixed] = {}
     for module in model.modules():
         if isinstance(module, MMoE):
-            outputs = [len(gates.routes) for gates in module.gates[:-1]] + [module.num_tasks]
-            pairs = zip(module.experts, module.gates, outputs, [0] * len(outputs), strict=True)
+            pairs = [(bank, gates, 0) for bank, gates in zip(module.experts, module.gates, strict=True)]
         elif isinstance(module, (CGCLevel, AdaTTLevel)):
             native = getattr(module, "native", None)
-            pairs = [(module.experts, module.gates, len(module.gates.routes), 0 if native is None else len(native))]
+            pairs = [(module.experts, module.gates, 0 if native is None else len(native))]
         else:
             continue
-        for bank, gates, outputs, native in pairs:
-            found[bank] = Mixed(gates, _follows(gates, bank), outputs, native)
+        # Hidden layers of gates are on every rank: their input has its whole gradient from each.
+        joint = all(_follows(g, b) and g.hidden is None and b.num_experts > 1 for b, g, _ in pairs)
+        for bank, gates, native in pairs:
+            found[bank] = Mixed(gates, _follows(gates, bank), native, joint)
     return found
 
 
@@ -136,21 +138,32 @@ def sharded_banks(model: nn.Module) -> list[nn.Module]:
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> int:
     """Spreads every one of :func:`sharded_banks` over a mesh of one dimension, in place; how many there were."""
     mixed, banks = mixed_banks(model), sharded_banks(model)
+    entered = set()
     for module in model.modules():
         if isinstance(module, (MMoE, CGCLevel, AdaTTLevel)):
             module.register_forward_hook(_plain_output)
+            first = module.experts[0] if isinstance(module, MMoE) else module.experts
+            if mixed[first].joint:
+                module.register_forward_pre_hook(partial(_enter_first, axis=(mesh, 0)))
+                entered.add(first)
     for bank in banks:
-        _spread(bank, mesh, 0, gather=bank not in mixed)
-        if bank in mixed and mixed[bank].sharded:
-            _spread(mixed[bank].gates.logits, mesh, 1, gather=False)
+        how = mixed.get(bank)
+        _spread(bank, mesh, 0, gather=how is None, enters=bank not in entered)
+        if how is not None and how.sharded:
+            _spread(how.gates.logits, mesh, 1, gather=False, enters=not how.joint)
     return len(banks)
 
 
+def _enter_first(module: nn.Module, args: tuple, axis: Axis) -> tuple:
+    return (enter(args[0], axis), *args[1:])
+
+
 def _plain_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Gate weights, which come as the logits lie, whole."""
     return tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, output)
 
 
-def _spread(bank: nn.Module, mesh: DeviceMesh, dim: int, gather: bool) -> None:
+def _spread(bank: nn.Module, mesh: DeviceMesh, dim: int, gather: bool, enters: bool) -> None:
     """Makes the bank's parameters and buffers DTensors sharded by `dim`, and its forward that of this rank's part."""
     local = copy.deepcopy(bank)
     begin, end = own_part(bank.num_experts if dim == 0 else bank.out_features, (mesh, 0))
@@ -167,19 +180,19 @@ def _spread(bank: nn.Module, mesh: DeviceMesh, dim: int, gather: bool) -> None:
             twin.register_buffer(key, torch.empty(0, device="meta"))
     bank.__class__ = _sharded(type(bank))
     # Not as submodules: the twins hold no state of their own.
-    object.__setattr__(bank, "_part", _Part(local, mesh, dim, gather, begin, end))
+    object.__setattr__(bank, "_part", _Part(local, mesh, dim, gather, enters, begin, end))
 
 
 class _Part:
     """This rank's part of a bank, a bank of its own without parameters, and how its outputs lie."""
 
-    def __init__(self, local: nn.Module, mesh: DeviceMesh, dim: int, gather: bool, begin: int, end: int) -> None:
-        self.local, self.mesh, self.dim, self.gather, self.begin, self.end = local, mesh, dim, gather, begin, end
+    def __init__(self, local, mesh, dim, gather, enters, begin, end) -> None:
+        self.local, self.mesh, self.dim, self.gather, self.enters = local, mesh, dim, gather, enters
+        self.begin, self.end = begin, end
 
     def __call__(self, bank: nn.Module, x: Tensor) -> Tensor:
         axis: Axis = (self.mesh, 0)
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        x = enter(x, axis)
+        x = enter(x, axis) if self.enters else x
         if self.dim == 0 and x.dim() == 3 and self._first(bank).experts_per_unit is None:
             x = x[:, self.begin : self.end]
         held = {k: _own(v) for k, v in (*bank.named_parameters(), *bank.named_buffers())}
@@ -191,7 +204,10 @@ class _Part:
         out = DTensor.from_local(
             y, self.mesh, [Shard(1 + self.dim)], run_check=False, shape=torch.Size(shape), stride=stride
         )
-        return out.full_tensor() if self.gather else out
+        if self.gather:
+            return out.full_tensor()
+        setattr(out, WHOLE, True)
+        return out
 
     @staticmethod
     def _first(bank: nn.Module) -> ExpertLinear:

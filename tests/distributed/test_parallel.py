@@ -37,6 +37,8 @@ from .world import run
 T = 3
 FUSIONS = {
     "mmoe": lambda **b: MMoE(6, T, [5, 3], [[5, 4], [4]], **b),
+    "mmoe, then one": lambda **b: MMoE(6, T, [3, 1], [[5], [4]], **b),
+    "mmoe, one first": lambda **b: MMoE(6, T, [1, 3], [[5], [4]], **b),
     "omoe": lambda **b: MMoE(6, T, 5, [[5, 4]], gate_dims=[3], omoe=True, **b),
     "ple": lambda **b: PLE(6, T, [[1, 2, 0], [2, 1, 1]], [2, 1], [[5, 4], [4]], **b),
     "ple, no shared": lambda **b: PLE(6, T, [1, 2, 3], 0, [[5], [4]], gate_dims=[3], **b),
@@ -148,12 +150,101 @@ def check(ranks, plan, names, **options):
         assert not failed, f"rank {rank}\n" + "\n".join(f"{k}: {v}" for k, v in failed.items())
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_experts(ranks):
     check(ranks, "experts", list(FUSIONS))
 
 
-@pytest.mark.parametrize("plan", ["fsdp", "data", ("fsdp", "experts"), ("data", "experts"), ("experts", "data")])
+MIXED = ["mmoe", "ple", "adatt"]
+OPTIONS = [{"norm": "batch"}, {"norm": "layer"}, {"gate_logit_norm": True}, {"gate_dims": [3], "gate_norm": "batch"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options):
+    """Running statistics lie with their experts."""
+    check(4, "experts", MIXED, **options)
+
+
+def gates(rank):
+    parallelize, mesh = mesh_of(2, "experts")
+    for name in MIXED:
+        one = build(name)
+        spread, x = parallelize(copy.deepcopy(one), mesh, "experts"), torch.randn(5, 6).double()
+        a, b = one(x, return_gates=True), spread(x, return_gates=True)
+        close(b[0], a[0], name)
+        for level, (left, right) in enumerate(zip(b[1], a[1], strict=True)):
+            assert not isinstance(left, DTensor)
+            close(left, right, f"{name} {level}")
+        found, expected = ([*m.parameters()] for m in (spread, one))
+        a, b = (
+            torch.autograd.grad(sum(w.square().sum() for w in g), p, allow_unused=True)
+            for (_, g), p in ((a, expected), (b, found))
+        )
+        for left, right in zip(b, a, strict=True):
+            assert (left is None) == (right is None)
+            if left is not None:
+                close(left, right, name)
+
+
+def test_gate_weights_come_whole_with_their_gradients():
+    run(2, gates)
+
+
+def sizes(rank, ranks):
+    parallelize, mesh = mesh_of(ranks, "experts")
+    model = parallelize(build("mmoe"), mesh, "experts")
+    assert list(model.state_dict()) == list(build("mmoe").state_dict())
+    return [
+        tuple(model.get_parameter(f"fusion.{key}").to_local().shape)
+        for key in ("experts.0.linears.0.weight", "gates.0.logits.weight")
+    ]
+
+
+def test_every_rank_has_its_own_experts_alone():
+    assert [s[0][0] for s in run(4, sizes, 4)] == [2, 2, 1, 0]
+    assert [s[1][:2] for s in run(2, sizes, 2)] == [(3, 3), (3, 2)]
+
+
+def ddp(rank, names):
+    """torch's own wrapper around a network that is whole on every rank."""
+    for name in names:
+        one = build(name).train(name not in ("star", "ubernet"))
+        spread = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(one))
+        x, rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(4)).double(), slice(4 * rank, 4 * rank + 4)
+        for model, part in ((one, x), (spread, x[rows])):
+            torch.manual_seed(5)
+            model(part).square().mean().backward()
+        for (key, p), q in zip(one.named_parameters(), spread.parameters(), strict=True):
+            close(q.grad, p.grad, f"{name} {key}")
+
+
+def test_distributed_data_parallel():
+    run(2, ddp, [*FUSIONS, *NO_BANKS])
+
+
+def refused(rank):
+    from python_models.parallel import parallelize
+
+    line = init_device_mesh("cpu", (2,), mesh_dim_names=("experts",))
+    for model, plan, message in (
+        (build("shared bottom"), "experts", "no bank of two experts"),
+        (build("mmoe"), "rows", "plan must name one of"),
+        (build("mmoe"), ("data", "experts"), "each of mesh's 1 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parallelize(model, line, plan)
+    with pytest.raises(TypeError, match="model must be a module"):
+        parallelize("mmoe", line, "experts")
+
+
+def test_bad_arguments():
+    run(2, refused)
+
+
+ROWS = ["fsdp", "data", ("fsdp", "experts"), ("data", "experts"), ("experts", "data"), ("experts", "fsdp")]
+
+
+@pytest.mark.parametrize("plan", [p if p in ROWS[:3] else pytest.param(p, marks=pytest.mark.slow) for p in ROWS])
 def test_rows(plan):
-    names = list(FUSIONS) + (list(NO_BANKS) if "experts" not in plan else [])
+    names = MIXED if plan == ROWS[2] else list(FUSIONS) + (list(NO_BANKS) if "experts" not in plan else [])
     check(2 if isinstance(plan, str) else 4, plan, names)

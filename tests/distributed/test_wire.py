@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from bench import wire
 
@@ -33,6 +34,33 @@ def step(rank, ranks, plan, names, grad_input):
         calls = sorted((c.kind, c.elements * c.itemsize) for c in expected)
         found[name] = (counted.bytes == wire.sent(expected, ranks), sorted(counted.calls), calls)
     return found
+
+
+def both(rank, plan, names):
+    """A mesh of 2 x 2: all collectives are among two."""
+    from python_models.parallel import parallelize
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=plan)
+    found = {}
+    for name in names:
+        model = build(name)
+        expected = list(wire.expert_step(model, ROWS, 2, False, 8))
+        model = parallelize(model, mesh["experts"], "experts")
+        own = [p.to_local().shape if isinstance(p, DTensor) else p.shape for p in model.parameters()]
+        expected += wire.row_step(own, 2, plan[0], 8)
+        model = parallelize(build(name), mesh, plan)
+        with Counted(2) as counted:
+            model(torch.randn(ROWS, 6, dtype=torch.float64)).square().mean().backward()
+        calls = sorted((c.kind, c.elements * c.itemsize) for c in expected)
+        found[name] = (counted.bytes == wire.sent(expected, 2), sorted(counted.calls), calls)
+    return found
+
+
+@pytest.mark.parametrize("plan", [("data", "experts"), ("fsdp", "experts")])
+def test_two_dimensions(plan):
+    for answers in run(4, both, plan, ["mmoe", "ple", "adatt"]):
+        for name, (equal, counted, expected) in answers.items():
+            assert counted == expected and equal, name
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
