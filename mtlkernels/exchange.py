@@ -12,7 +12,6 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.weak import WeakIdKeyDictionary
 
 Axis = tuple[DeviceMesh, int]  # one dimension of a mesh, as functional collectives take it
@@ -61,14 +60,11 @@ def enter(tensor: Tensor, axis: Axis) -> Tensor:
 
 
 def own_part(size: int, axis: Axis) -> tuple[int, int]:
-    """The half-open range of `size` entries that this rank of the axis has: the first ranks' parts are the larger."""
-    local, begin = compute_local_shape_and_global_offset((size,), _line(axis), [Shard(0)])
-    return begin[0], begin[0] + local[0]
-
-
-def _line(axis: Axis) -> DeviceMesh:
+    """The half-open range of `size` entries that this rank of the axis has, as DTensor cuts: the last may have none."""
     mesh, dim = axis
-    return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dim]]
+    width = -(-size // mesh.size(dim))
+    begin = min(mesh.get_local_rank(dim) * width, size)
+    return begin, min(begin + width, size)
 
 
 def own_counts(counts: list[int], begin: int, end: int) -> list[int]:

@@ -17,6 +17,7 @@ from .world import Raised, run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 50
+SLOW = pytest.mark.slow
 
 
 def example(name):
@@ -72,7 +73,12 @@ def curve(rank, name, shape, plan):
 
 @pytest.mark.parametrize(
     "ranks, name, plan",
-    [(2, "mmoe", ("experts",)), (4, "ple", ("experts",)), (4, "adatt", ("fsdp", "experts")), (2, "ple", ("data",))],
+    [
+        (2, "mmoe", ("experts",)),
+        pytest.param(4, "ple", ("experts",), marks=SLOW),
+        (4, "adatt", ("fsdp", "experts")),
+        pytest.param(2, "ple", ("data",), marks=SLOW),
+    ],
 )
 def test_fifty_losses(ranks, name, plan):
     shape = (ranks,) if len(plan) == 1 else (2, ranks // 2)
@@ -110,10 +116,10 @@ EXPERTS, BOTH, ONE = ((4,), ("experts",)), ((2, 2), ("fsdp", "experts")), (None,
     "name, writer, reader",
     [
         ("ple", EXPERTS, ((2,), ("experts",))),
-        ("adatt", BOTH, ((3,), ("experts",))),
-        ("mmoe", ((3,), ("experts",)), BOTH),
+        pytest.param("adatt", BOTH, ((3,), ("experts",)), marks=SLOW),
+        pytest.param("mmoe", ((3,), ("experts",)), BOTH, marks=SLOW),
         ("ple", EXPERTS, ONE),
-        ("ple", ONE, ((2,), ("fsdp",))),
+        pytest.param("ple", ONE, ((2,), ("fsdp",)), marks=SLOW),
     ],
     ids=["4 to 2", "4 to 3", "3 to 4", "4 to 1", "1 to 2"],
 )
@@ -133,7 +139,10 @@ def train(rank, plan, shape, folder, dies_at=None):
     return example("train_ple").train(plan, shape, steps=30, every=10, rows=16, folder=folder, after_step=after_step)
 
 
-@pytest.mark.parametrize("plan, shape", [(["experts"], [4]), (["data", "experts"], [2, 2])], ids=["1-D", "2-D"])
+@pytest.mark.parametrize(
+    "plan, shape",
+    [pytest.param(["experts"], [4], id="1-D"), pytest.param(["data", "experts"], [2, 2], id="2-D", marks=SLOW)],
+)
 def test_a_rank_that_dies(plan, shape, tmp_path):
     """The others end with an error, in time; the run goes on from the last checkpoint as if nothing had been."""
     answers = run(4, train, plan, shape, str(tmp_path), 27, dies=True, timeout=30)
@@ -147,7 +156,7 @@ def test_a_rank_that_dies(plan, shape, tmp_path):
         assert losses == pytest.approx(whole[20:], rel=1e-4)
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_command_of_the_page(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "docs/train_ple.py"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -157,3 +166,14 @@ def test_the_command_of_the_page(tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"step {steps}  loss" in done.stdout
     assert "step 20  loss" not in done.stdout
+
+
+def tables(rank, plan):
+    return example("train_tables").train(plan, steps=20, rows=24)
+
+
+def test_embedding_tables_spread_over_ranks():
+    (expected,) = run(1, tables, "experts")
+    for ranks, plan in ((2, "experts"), (4, "fsdp")):
+        for losses in run(ranks, tables, plan):
+            assert losses == pytest.approx(expected, rel=1e-4), (ranks, plan)

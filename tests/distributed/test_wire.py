@@ -56,6 +56,7 @@ def both(rank, plan, names):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [("data", "experts"), ("fsdp", "experts")])
 def test_two_dimensions(plan):
     for answers in run(4, both, plan, ["mmoe", "ple", "adatt"]):
@@ -63,8 +64,11 @@ def test_two_dimensions(plan):
             assert counted == expected and equal, name
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("plan", ["experts", "data", "fsdp"])
+@pytest.mark.parametrize(
+    "ranks, plan",
+    [(2, "experts"), (4, "fsdp")]
+    + [pytest.param(r, p, marks=pytest.mark.slow) for r, p in ((2, "data"), (2, "fsdp"), (4, "experts"), (4, "data"))],
+)
 def test_counted_bytes_are_the_models(ranks, plan):
     names = list(FUSIONS) if plan == "experts" else ["mmoe", "ple"]
     for grad_input in (False, True) if plan == "experts" else (False,):
