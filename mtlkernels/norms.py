@@ -36,6 +36,8 @@ class ExpertBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked.add_(1)
+        if not self.weight.numel():  # of a rank without experts, say: batch_norm refuses no features
+            return x * self.weight + self.bias
         return F.batch_norm(
             x.reshape(x.shape[0], self.weight.numel()),
             self.running_mean.view(-1),

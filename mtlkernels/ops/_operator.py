@@ -43,6 +43,9 @@ class Operator:
     """
 
     all: ClassVar[dict[str, "Operator"]] = {}
+    # What :mod:`mtlkernels.sharding` does with a call on DTensors: (operator, which, wants_grad, args) -> the result,
+    # or None for a call on other tensors.
+    distributed: ClassVar[Callable[..., Tensor | None] | None] = None
 
     def __init__(
         self,
@@ -77,8 +80,13 @@ class Operator:
             self._define_triton(schemas)
             self._add("triton", torch.ops.mtlkernels_triton, fakes)
 
-    def __call__(self, which: str, wants_grad: bool, *args: Any) -> Tensor:
-        """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient."""
+    def __call__(self, which: str, wants_grad: bool, *args: Any, ruled: bool = False) -> Tensor:
+        """The first output of backend `which`'s forward op; `wants_grad`: one of the tensors requires a gradient.
+        `ruled`: DTensors among args lie so that sharding rules serve."""
+        if self.distributed is not None and not ruled:
+            found = self.distributed(self, which, wants_grad, args)
+            if found is not None:
+                return found
         if torch.compiler.is_compiling():
             # Nor does the compiler know operators' rules for torch.func's transforms; it has the plain form's.
             plain = which == "reference" or torch._C._are_functorch_transforms_active()
