@@ -31,13 +31,13 @@ Problem linear_problem(const Tensor& x, const Tensor& weight,
   else
     counts.assign(p.inputs, 1);
   STD_TORCH_CHECK(int64_t(counts.size()) == p.inputs, "experts_per_unit must have one count for each of x's units");
-  int64_t first = 0;
+  int64_t experts = 0;
   for (int64_t u = 0; u < p.inputs; ++u) {
     STD_TORCH_CHECK(counts[u] >= 0 && counts[u] <= p.experts, "experts_per_unit must be counts of experts");
-    p.units.push_back({u, first, counts[u] * p.outputs, 0});
-    first += counts[u] * p.outputs;
+    p.units.push_back({u, experts * p.outputs, counts[u] * p.outputs, 0});
+    experts += counts[u];
   }
-  STD_TORCH_CHECK(first == p.columns(), "experts_per_unit must sum to weight's experts");
+  STD_TORCH_CHECK(experts == p.experts, "experts_per_unit must sum to weight's experts");
   return p;
 }
 
