@@ -23,7 +23,7 @@ from torch import Tensor
 
 import mtlkernels as mtl
 from bench import calibrate, report
-from bench.contest import LIMITS, OURS, Check, relative_error
+from bench.contest import BACKWARD, BOTH, FORWARD, LIMITS, OURS, Check, relative_error
 from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
@@ -31,7 +31,6 @@ from bench.shapes import SHAPES, SWEEP, tiny
 from bench.subjects import FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
 from bench.timing import control_difference, interleaved
 
-FORWARD, BOTH = "forward", "fwd + bwd"
 Call = Callable[[Operands], Tensor]
 
 
@@ -76,7 +75,10 @@ def copied(operands: Operands, leaves: tuple[str, ...] = (), dtype: torch.dtype 
 
 
 def step(call: Call, operands: Operands, leaves: tuple[str, ...], grad: Tensor, what: str) -> Callable[[], Any]:
-    """One call, or one call and its gradients."""
+    """One call, one call and its gradients, or the gradients of one call again and again."""
+    if what == BACKWARD:
+        out, wanted = call(operands), [operands[name] for name in leaves]
+        return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -108,7 +110,7 @@ def results(call: Call, operands: Operands, grad: Tensor, leaves: tuple[str, ...
 
 def truth(subject: Subject, operands: Operands, grad: Tensor, whats: tuple[str, ...] = (FORWARD, BOTH)) -> list[Tensor]:
     """Output and, where they are measured, gradients by the plain formula in float64."""
-    leaves = subject.leaves if BOTH in whats else ()
+    leaves = subject.leaves if set(whats) - {FORWARD} else ()
     exact = copied(operands, leaves, torch.float64)
     return results(on_backend(subject, "reference"), exact, grad, leaves)
 
@@ -135,7 +137,7 @@ def measure(
     memory: bool = False,
     whats: tuple[str, ...] = (FORWARD, BOTH),
 ) -> list[dict[str, Any]]:
-    """One row for forward and one for forward and backward; ValueError or TypeError where ours refuses the operands.
+    """One row for each of `whats`: forward, backward, or both; ValueError or TypeError where ours refuses the operands.
 
     backends: those of ours to measure as well, each where it can run, beside the one that auto takes.
     """
