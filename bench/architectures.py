@@ -223,7 +223,11 @@ def main() -> int:
     if unknown := sorted(set(names) - set(ARCHITECTURES)):
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
     console, began = report.console(), time.perf_counter()
-    options = {"device": args.device, "rivals": (COMPILED,) if args.compile else (), "sizes": TINY if args.small else Sizes()}
+    options = {
+        "device": args.device,
+        "rivals": (COMPILED,) if args.compile else (),
+        "sizes": TINY if args.small else Sizes(),
+    }
     options |= {"seconds": 0.0 if args.small else 1.0 if args.quick else 8.0}
     options |= {"min_rounds": 2 if args.small or args.quick else 5}
     result: dict[str, Any] = {"machine": calibrate.machine(), "quick": args.quick, **record.sources(), "rows": []}

@@ -67,7 +67,7 @@ class Task:
         return 3 * 2 * self.batch * (experts + gates)
 
 
-def compiled(network: nn.Module, variant: str) -> Callable[..., Tensor]:
+def compiled(network: nn.Module | Callable[..., Tensor], variant: str) -> Callable[..., Tensor]:
     """The network under torch.compile, as the variant's name says; what it draws is what eager mode draws."""
     options = torch._inductor.list_mode_options("max-autotune") if variant == AUTOTUNED else {}
     return torch.compile(network, dynamic=False, options=options | {"fallback_random": True})

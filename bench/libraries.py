@@ -1,8 +1,8 @@
 """MMoE out of other libraries' layers, where these are installed, with the weights of ours.
 
 The experts are their layers, and the loop over experts and tasks is that of their MMoE's forward; embeddings and towers
-are left out on both sides. torch-rechub puts a batch norm into every expert and gate: there is no way to leave it out, so
-it runs as in serving, with statistics at which it changes nothing, and its time counts.
+are left out on both sides. torch-rechub puts a batch norm into every expert and gate, and there is no way to leave it
+out: it runs as in serving, with statistics at which it changes nothing, and its time counts.
 """
 
 import importlib

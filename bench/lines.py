@@ -26,13 +26,13 @@ axis, at            of a sweep: what varies ("experts", "tasks", "batch", "width
 remark              why a variant has no figure there: not installed, does not fit, cannot be compiled
 
 A run that is cut off leaves whole lines, and maybe half of a last one, which `read` drops. Called again with the same
-file it goes on: `Lines.has` knows what is there. Figures of two machines, or of two versions of the sources, do not mix.
+file it goes on: `Lines.has` knows what is there. Figures of two machines, or versions of the sources, do not mix.
 """
 
 import datetime
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,17 @@ def figures(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 class Lines:
     """A file of lines that a run adds to.
 
-    `machine` and `ceilings` head a new file. An existing one is gone on with; `again` begins it anew. Raises
-    ResultsFileError where it comes from another machine or other sources, or is no such file.
+    `machine` and what `ceilings()` measures head a new file. An existing one is gone on with; `again` begins it anew.
+    Raises ResultsFileError where it comes from another machine or other sources, or is no such file.
     """
 
     def __init__(
-        self, path: Path, program: str, machine: dict[str, Any], ceilings: list[dict[str, Any]], again: bool = False
+        self,
+        path: Path,
+        program: str,
+        machine: dict[str, Any],
+        ceilings: Callable[[], list[dict[str, Any]]],
+        again: bool = False,
     ) -> None:
         self.path, sources = path, record.sources()
         self.records: list[dict[str, Any]] = []
@@ -118,11 +123,12 @@ class Lines:
             _same(path, self.records[0], machine, sources)
             _drop_half_line(path)
         else:
+            rates = ceilings()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("")
             created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             head = {"kind": MACHINE, "format": FORMAT, "created": created, "machine": machine}
-            self.add([head | sources | {"program": program, "ceilings": ceilings}])
+            self.add([head | sources | {"program": program, "ceilings": rates}])
         self._note()
 
     @property

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import mtlkernels as mtl
 from bench import calibrate, report
-from bench.contest import BACKWARD, BOTH, FORWARD, LIMITS, OURS, Check, relative_error
+from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, FORWARD, LIMITS, OURS, Check, compiled, relative_error
 from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
@@ -136,15 +136,19 @@ def measure(
     backends: tuple[str, ...] = (),
     memory: bool = False,
     whats: tuple[str, ...] = (FORWARD, BOTH),
+    rivals: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """One row for each of `whats`: forward, backward, or both; ValueError or TypeError where ours refuses the operands.
 
-    backends: those of ours to measure as well, each where it can run, beside the one that auto takes.
+    backends: those of ours to measure as well, each where it can run, beside the one that auto takes. rivals: of
+    COMPILED and AUTOTUNED, the natural plain way under torch.compile; one that cannot be compiled is left out.
     """
     operands, grad = prepare(subject, shape, dtype, device)
     expected = truth(subject, operands, grad, whats)
     calls = variants(subject)
     calls |= {name: on_backend(subject, name) for name in backends if can_run(subject, name, operands)}
+    with torch._functorch.config.patch(donated_buffer=BACKWARD not in whats):  # else they run backward once only
+        calls |= _compiled(calls, rivals, operands, grad, subject)
     checks = {name: check(call, operands, grad, expected, subject) for name, call in calls.items()}
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
@@ -183,6 +187,21 @@ def measure(
     return rows
 
 
+def _compiled(
+    calls: dict[str, Call], rivals: tuple[str, ...], operands: Operands, grad: Tensor, subject: Subject
+) -> dict[str, Call]:
+    """The natural plain way, or else the formula, under torch.compile: compiled by a first call, where it can be."""
+    found = {}
+    for name in set(rivals) & {COMPILED, AUTOTUNED}:
+        call = compiled(subject.rival[1] if subject.rival else calls[FORMULA], name)
+        try:
+            results(call, copied(operands, subject.leaves), grad, subject.leaves)
+        except Exception:  # no C++ compiler, a graph that Inductor does not know: whatever keeps it from working
+            continue
+        found[name] = call
+    return found
+
+
 def _ratio(name: str, times: dict, checks: dict[str, Check]) -> float | None:
     return times[name].median / times[OURS].median if checks[name].ok and checks[OURS].ok else None
 
@@ -201,7 +220,10 @@ def build_step(
     """A step and its release, for `bench.memory`."""
     found = find(subject)
     operands, grad = prepare(found, shape, getattr(torch, dtype), device)
-    call = variants(found).get(variant) or on_backend(found, variant)
+    if variant in (COMPILED, AUTOTUNED):
+        call = compiled(found.rival[1] if found.rival else on_backend(found, "reference"), variant)
+    else:
+        call = variants(found).get(variant) or on_backend(found, variant)
     return step(call, copied(operands, found.leaves), found.leaves, grad, what), lambda: None
 
 

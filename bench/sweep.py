@@ -203,4 +203,3 @@ def crossover_lines(figures: list[dict[str, Any]]) -> list[str]:
         f"{c.what}: from about {c.axis} = {c.at:.3g} on {c.faster} is faster than {c.slower}"
         for c in slopes.crossovers(figures)
     ]
-

@@ -90,7 +90,9 @@ class Contender:
         elif name in (MODULES, COMPILED, AUTOTUNED):
             self.network = Modules(numbers)
         else:
-            raise ValueError(f"variant: got {variant!r}, expected one of {ALL}, or ours with a backend, as in 'mix, native'")
+            raise ValueError(
+                f"variant: got {variant!r}, expected one of {ALL}, or ours with a backend, as in 'mix, native'"
+            )
         self.call = compiled(self.network, name) if name in (COMPILED, AUTOTUNED) else self.network
         self.x, self.logits = (t.detach().clone().requires_grad_() for t in (numbers.x, numbers.logits))
         self.grad = numbers.grad
