@@ -144,7 +144,7 @@ def measure(
     rivals: tuple[str, ...] = (),
     what: str = BOTH,
     ceilings: list[dict[str, Any]] | None = None,
-    memory: bool = False,
+    memory: bool | tuple[str, ...] = False,
 ) -> dict[str, Any]:
     """Checks and times one architecture: {architecture, dtype, what, ms, ratio, check, first_step_s, parameters, ...}.
 
@@ -166,6 +166,7 @@ def measure(
     least = None if ceilings is None else floor(spent, *calibrate.rates(ceilings, dtype))
     counts = {who: sum(p.numel() for p in found[who].network.parameters()) for who in (OURS, PLAIN)}
     green = {who: checks[who].ok and checks[OURS].ok for who in found}
+    weighed = [who for who in found if memory is True or who in (memory or ())]
     label = {"name": name, "sizes": asdict(sizes), "dtype": str(dtype).removeprefix("torch."), "device": device}
     return {
         "architecture": name,
@@ -185,7 +186,7 @@ def measure(
         "floor_ms": least and least.ms,
         "floor_by": least and least.by,
         "share": least and least.ms / (times[OURS].median * 1e3),
-        "peak_mib": {who: step_memory(label, who, what) for who in found} if memory else None,
+        "peak_mib": {who: step_memory(label, who, what) for who in weighed} if weighed else None,
     }
 
 

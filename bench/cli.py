@@ -19,7 +19,13 @@ from bench.papers import ARCHITECTURES
 from bench.record import ResultsFileError
 from bench.subjects import available
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What is measured, and how.", rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="What is measured, and how.",
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+)
 _ROWS = 12  # of the live table
 
 

@@ -5,6 +5,7 @@ are left out on both sides. torch-rechub puts a batch norm into every expert and
 out: it runs as in serving, with statistics at which it changes nothing, and its time counts.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ _LAYERS = {
 }
 
 
+@functools.cache
 def missing(library: str) -> str | None:
     """Why the library cannot be measured here; None where it can."""
     module, name = _LAYERS[library]

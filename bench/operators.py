@@ -134,14 +134,15 @@ def measure(
     min_rounds: int = 5,
     ceilings: list[dict[str, Any]] | None = None,
     backends: tuple[str, ...] = (),
-    memory: bool = False,
+    memory: bool | tuple[str, ...] = False,
     whats: tuple[str, ...] = (FORWARD, BOTH),
     rivals: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """One row for each of `whats`: forward, backward, or both; ValueError or TypeError where ours refuses the operands.
 
     backends: those of ours to measure as well, each where it can run, beside the one that auto takes. rivals: of
-    COMPILED and AUTOTUNED, the natural plain way under torch.compile; one that cannot be compiled is left out.
+    COMPILED and AUTOTUNED, the natural plain way under torch.compile; one that cannot be compiled is left out. memory:
+    the peak memory of all variants, or of these.
     """
     operands, grad = prepare(subject, shape, dtype, device)
     expected = truth(subject, operands, grad, whats)
@@ -153,6 +154,7 @@ def measure(
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
     label |= {"dtype": str(dtype).removeprefix("torch.")}
+    weighed = [name for name in calls if memory is True or name in (memory or ())]
     rows = []
     for what in whats:
         steps, modes = {}, {}
@@ -182,7 +184,7 @@ def measure(
             | {"flops": spent and spent.flops, "bytes": spent and spent.bytes}
             | {"floor_ms": least and least.ms, "floor_by": least and least.by}
             | {"share": least and least.ms / (times[OURS].median * 1e3)}
-            | {"beyond_mib": {n: _beyond(subject, n, label, what, kept_bytes) for n in calls} if memory else None}
+            | {"beyond_mib": {n: _beyond(subject, n, label, what, kept_bytes) for n in weighed} if weighed else None}
         )
     return rows
 
@@ -192,7 +194,8 @@ def _compiled(
 ) -> dict[str, Call]:
     """The natural plain way, or else the formula, under torch.compile: compiled by a first call, where it can be."""
     found = {}
-    for name in set(rivals) & {COMPILED, AUTOTUNED}:
+    torch._dynamo.reset()  # it would use what another shape or direction left, or give up after a few of them
+    for name in (name for name in (COMPILED, AUTOTUNED) if name in rivals):
         call = compiled(subject.rival[1] if subject.rival else calls[FORMULA], name)
         try:
             results(call, copied(operands, subject.leaves), grad, subject.leaves)

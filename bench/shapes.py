@@ -66,8 +66,8 @@ _WIDTHS = {"K": 128, "N": 64, "D": 64}
 # Letters of bench.papers.Sizes that differ from its default.
 NETWORKS: dict[str, dict[str, int]] = {
     "industrial": {},
-    "MMoE 8 x 16": {"B": 1024, "K": 100, "N": 16, "D": 8, "T": 2},
     "AdaTT Census": {"B": 4096, "K": 128, "N": 128, "D": 64, "T": 3, "E": 6},
+    "MMoE 8 x 16": {"B": 1024, "K": 100, "N": 16, "D": 8, "T": 2},
     "PLE EasyRec": {"B": 2048, "K": 256, "N": 256, "D": 64, "T": 4, "m": 3, "s": 3},
     "MTReclib": {"B": 2048, "K": 2176, "N": 512, "D": 256, "T": 2},
     "FuxiCTR": {"B": 128, "K": 640, "N": 256, "D": 128, "T": 2, "m": 1, "s": 8, "E": 8},
@@ -107,7 +107,7 @@ def network_shapes(which: str = "default", letters: Iterable[str] = "") -> dict[
     if which == "papers":
         return NETWORKS
     if which != "all":
-        return dict(list(NETWORKS.items())[_chosen(which, {})])
+        return dict(list(NETWORKS.items())[_chosen(which, NETWORKS)])
     grid = {f"B={rows}": {"B": rows, "K": 128, "N": 64, "D": 32} for rows in _ROWS}
     if "E" in letters:
         grid |= {f"E={experts}": {"E": experts, "B": rows, "K": 64, "N": 32, "D": 32} for experts, rows in _EXPERTS}

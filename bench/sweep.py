@@ -92,6 +92,7 @@ def measure(
     dtype = getattr(torch, about["dtype"])
     numbers = swept.Numbers(shape, dtype, device)
     expected = swept.truth(numbers, (what,))
+    torch._dynamo.reset()  # else it would give up after a few shapes
     room, found, contenders, checks = free_bytes(device), [], {}, {}
     for variant in variants:
         wanted = swept.needed_bytes(variant, shape, dtype.itemsize, what)
