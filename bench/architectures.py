@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import calibrate, contest, libraries, record, report
 from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, OURS, Contestant
-from bench.cost import floor, watched
+from bench.cost import all_flops, floor, watched
 from bench.libraries import LIBRARIES
 from bench.memory import peak_memory
 from bench.papers import ARCHITECTURES, TINY, Sizes, about
@@ -160,9 +159,7 @@ def measure(
         timing = {"seconds": seconds, "warmup_seconds": 0.0, "min_rounds": min_rounds, "device": device}
         times = interleaved(steps, **timing, control=OURS)
     chosen, spent = watched(steps[OURS])
-    with FlopCounterMode(display=False) as counter:
-        steps[OURS]()
-    spent = spent and spent._replace(flops=counter.get_total_flops())
+    spent = spent and spent._replace(flops=all_flops(steps[OURS]))
     least = None if ceilings is None else floor(spent, *calibrate.rates(ceilings, dtype))
     counts = {who: sum(p.numel() for p in found[who].network.parameters()) for who in (OURS, PLAIN)}
     green = {who: checks[who].ok and checks[OURS].ok for who in found}

@@ -2,10 +2,10 @@
 
     pytest bench/ --benchmark-only [--shapes papers] [--dtypes float32,bfloat16] [-k "expert_mix and forward"]
 
-Every operator and every network, forward, backward and both, at shapes of `bench.shapes`; the default is one shape each.
+Every operator and every network, forward, backward and both, at shapes of `bench.shapes`; one shape each by default.
 A figure is taken only after output and gradients agreed with float64; else the test fails. The rivals run in turn with
 ours in the same test, and what came of it is in extra_info: {"backend", "mode", "flops", "bytes", "share" (of the least
-time that this machine's measured ceilings allow), "floor_ms", "floor_by", "peak_mib", "ms" (of all), "speed_up" (of ours
+time that the ceilings of this machine allow), "floor_ms", "floor_by", "peak_mib", "ms" (of all), "speed_up" (of ours
 over each; none where its check is not green), "control_difference", "noisy"}.
 
 A regression fails the command where an earlier run was saved:
