@@ -154,7 +154,7 @@ def _watch(todo: list[jobs.Job], lines: Lines, draw: Callable[[], Any]) -> int:
     console, began = Console(), time.perf_counter()
     left = [job for job in todo if not job.done(lines)]
     if len(left) < len(todo):
-        console.print(f"{lines.path} has {len(todo) - len(left)} of {len(todo)} already")
+        print(f"{lines.path} has {len(todo) - len(left)} of {len(todo)} already")
     if not console.is_terminal:
         return jobs.work_off(todo, lines, lambda title: print(title, flush=True) if title else None)
     with Live(console=console, refresh_per_second=4, transient=True) as live:
@@ -195,13 +195,14 @@ def _lines(
 
 def _some(words: str, there: tuple[str, ...], option: str) -> tuple[str, ...]:
     """Those of `there` that are named. A name may hold a comma itself."""
-    found = tuple(name for name in there if name in words)
-    rest = words
-    for name in sorted(there, key=len, reverse=True):
-        rest = rest.replace(name, "")
+    rest, found = words, set()
+    for name in sorted(there, key=len, reverse=True):  # one may begin as another does
+        if name in rest:
+            found.add(name)
+            rest = rest.replace(name, "")
     if rest.strip(", ") or not found:
         raise ValueError(f"{option}: got {words!r}, expected some of {', '.join(there)}")
-    return found
+    return tuple(name for name in there if name in found)
 
 
 def _dtypes(words: str) -> tuple[str, ...]:

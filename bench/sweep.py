@@ -36,11 +36,11 @@ def points(text: str, name: str) -> list[int]:
         if ":" not in text:
             found = [int(word) for word in text.split(",")]
         else:
-            low, high, factor = ([int(word) for word in text.split(":")] + [2])[:3]
-            found = [low]
-            while low > 0 and factor > 1 and found[-1] < high:
+            low, high, factor = [int(word) for word in text.split(":")] + [2] * (2 - text.count(":"))
+            found = [low] if 0 < low < high and factor > 1 else []
+            while found and found[-1] < high:
                 found.append(min(found[-1] * factor, high))
-    except ValueError:
+    except ValueError:  # no number, or too many of them
         found = []
     if not found or min(found) < 1 or found != sorted(set(found)):
         raise ValueError(f"{name}: got {text!r}, expected growing numbers as in 8:1024, 8:1024:4 or 8,32,128")
@@ -111,6 +111,9 @@ def measure(
             continue
         contenders[variant] = contender
     ours = swept.EXPERT_MIX
+    if ours not in contenders:  # what needs least does not fit
+        left = "not measured without expert_mix"
+        return found + [remark(left, **about, variant=variant) for variant in contenders]
     steps, modes = {}, {}
     for variant, contender in contenders.items():
         steps[variant], modes[variant] = captured([contender.work(what)], device)
