@@ -4,8 +4,8 @@
 
 Shown are the figures whose 20 to 80 % ranges do not overlap and whose medians differ by more than the noise limit (with
 --all every figure), the parts that ended differently, and the tests that began or ceased to fail. With --fail the exit
-status is 1 where a figure of ours became worse by more than 10 %, or a check is no longer green: a gate for regressions.
-Two runs of the same sources on a machine without other work differed by 6 %, though ours timed twice in each did by 1 %.
+status is 1 where a figure of ours became worse by more than 10 %, or a check is no longer green: a gate for
+regressions. Two runs of the same sources on a quiet machine differed by 6 %, though ours timed twice in each by 1 %.
 """
 
 import argparse
