@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 Dtypes = Annotated[str, typer.Option(help="Comma-separated.")]
-Whats = Annotated[str, typer.Option(help="Of forward, backward and 'fwd + bwd', comma-separated.")]
+Whats = Annotated[str, typer.Option(help="Of forward, backward (of run) and step, comma-separated.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seconds = Annotated[float, typer.Option(help="Of timing for each shape and direction; five rounds at least.")]
 Memory = Annotated[bool, typer.Option(help="Peak memory, in a process of its own on a CPU.")]
@@ -53,7 +53,7 @@ def run_command(
         str, typer.Option(help=f"Beside the plain way: eager, all, or some of {', '.join(map(repr, run.RIVALS))}.")
     ] = "eager",
     dtype: Dtypes = "float32",
-    what: Whats = f"{FORWARD},{BOTH}",
+    what: Whats = "forward,step",
     device: Device = DEVICE,
     seconds: Seconds = 1.0,
     memory: Memory = False,
@@ -66,7 +66,7 @@ def run_command(
         taken = run.chosen(operators, [subject.name for subject in available()], "--operators")
         nets = run.chosen(networks, list(ARCHITECTURES), "--networks")
         wanted = {"eager": run.EAGER, "all": run.RIVALS}.get(rivals) or _some(rivals, run.RIVALS, "--rivals")
-        whats, dtypes = _some(what, (FORWARD, BACKWARD, BOTH), "--what"), _dtypes(dtype)
+        whats, dtypes = _whats(what, (FORWARD, BACKWARD, BOTH)), _dtypes(dtype)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     lines = _lines(out, "run", dtypes, device, seconds, small, again)
@@ -94,7 +94,7 @@ def sweep_command(
         str, typer.Option(help=f"modules, all, or some of {', '.join(map(repr, swept.ALL[2:]))}.")
     ] = "modules",
     dtype: Dtypes = "float32",
-    what: Whats = f"{FORWARD},{BOTH}",
+    what: Whats = "forward,step",
     device: Device = DEVICE,
     seconds: Seconds = 1.0,
     memory: Memory = True,
@@ -109,7 +109,7 @@ def sweep_command(
         if all(len(ats) == 1 for ats in axes.values()):
             axes["experts"] = sweep.points("8:1024", "--experts")
         others = {"modules": (swept.MODULES,), "all": swept.ALL[2:]}.get(rivals) or _some(rivals, swept.ALL, "--rivals")
-        whats, dtypes = _some(what, (FORWARD, BOTH), "--what"), _dtypes(dtype)
+        whats, dtypes = _whats(what, (FORWARD, BOTH)), _dtypes(dtype)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     ours = swept.VARIANTS[:2]
@@ -203,6 +203,10 @@ def _some(words: str, there: tuple[str, ...], option: str) -> tuple[str, ...]:
     if rest.strip(", ") or not found:
         raise ValueError(f"{option}: got {words!r}, expected some of {', '.join(there)}")
     return tuple(name for name in there if name in found)
+
+
+def _whats(words: str, there: tuple[str, ...]) -> tuple[str, ...]:
+    return _some(words.replace("step", BOTH), there, "--what")
 
 
 def _dtypes(words: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from bench.timing import NOISE_LIMIT
 
 FROM = {"experts": 32}  # below, what a call costs before any arithmetic bends the line
+RESOLVED = 1.0  # MiB: a resident size moves by some pages, so that less counts as this
 
 
 class Growth(NamedTuple):
@@ -65,8 +66,9 @@ def growth(figures: list[dict[str, Any]]) -> list[Growth]:
             ats = list(times)
             start = FROM.get(axis, ats[len(ats) // 2 - 1] if len(ats) > 2 else ats[0])
             upper = [(at, ms) for at, ms in times.items() if at >= start]
-            peaks = {at: mib for at, mib in memory.get((axis, what), {}).get(variant, {}).items() if at >= start}
-            ratio = max(peaks.values()) / min(peaks.values()) if len(peaks) > 1 and min(peaks.values()) > 0 else None
+            known = memory.get((axis, what), {}).get(variant, {})
+            peaks = {at: max(mib, RESOLVED) for at, mib in known.items() if at >= start}
+            ratio = max(peaks.values()) / min(peaks.values()) if len(peaks) > 1 else None
             slopes = slope(upper), slope(list(peaks.items()))
             found.append(Growth(axis, what, variant, start, ats[-1], *slopes, ratio))
     return found

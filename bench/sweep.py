@@ -1,6 +1,6 @@
 """Time and memory of a mixture of experts against the number of experts, tasks and rows, and against the width.
 
-    python -m bench sweep --experts 8:1024 [--tasks 4] [--batch 1024] [--width 128] [--what "forward,fwd + bwd"]
+    python -m bench sweep --experts 8:1024 [--tasks 4] [--batch 1024] [--width 128] [--what forward,step]
 
 lo:hi doubles from lo to hi, a,b,c are taken as they are, a single number is where the others stay meanwhile. Every
 point times expert_mix, expert_linear with mix, and one module an expert in turn, after a check of each against float64;
@@ -192,7 +192,8 @@ def _mib(peak: float | None) -> str:
 
 def growth_table(figures: list[dict[str, Any]]) -> Table:
     """The slopes in log-log."""
-    found = Table(title="slopes in log-log: 1 grows as what is swept, 0 stays", caption="peak: largest / smallest MiB")
+    caption = "peak: largest / smallest MiB, of at least 1"
+    found = Table(title="slopes in log-log: 1 grows as what is swept, 0 stays", caption=caption)
     for head in ("axis", "what", "variant", "from", "time", "memory", "peak"):
         found.add_column(head, justify="right" if head in ("from", "time", "memory", "peak") else "left")
     for g in slopes.growth(figures):

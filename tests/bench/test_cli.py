@@ -81,7 +81,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
 def test_run_measures_operators_and_networks(tmp_path):
     path = tmp_path / "r.jsonl"
     words = ["--small", "--operators", "mix/gated,hard_concrete_l0", "--networks", "MMoE", "--backends", "reference"]
-    done = call("run", *words, "--what", f"{FORWARD},{BACKWARD},{BOTH}", "--out", path)
+    done = call("run", *words, "--what", "forward,backward,step", "--out", path)
     assert done.exit_code == 0, done.output
     records = lines.read(path)
     found = lines.figures(records)

@@ -137,6 +137,8 @@ def test_slopes_are_of_the_upper_points():
     assert 0 < found.memory < 1
     (found,) = slopes.growth([figure("a", at, 5.0, axis="batch") for at in (1, 2, 4, 8)])
     assert found.start == 2 and found.time == pytest.approx(0) and found.memory is None
+    (found,) = slopes.growth([figure("a", 32, 1.0, 0.0), figure("a", 64, 1.0, 0.7)])
+    assert found.memory == 0 and found.peak_ratio == 1  # within what a resident size resolves
 
 
 def test_a_slope_needs_two_points_that_are_green():
