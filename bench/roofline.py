@@ -1,0 +1,139 @@
+"""The roofline: what every operator reaches, under what the machine can (Williams et al., CACM 2009).
+
+Along x operations a byte, along y GFLOP/s, both logarithmic. The slope is the copy bandwidth and the flat part the best
+matrix product, as `bench.calibrate` measured them. A point's distance to the line is what is left to gain; one above it
+read from a cache. What does no arithmetic lies at the left edge, as high above its end of the slope as its bandwidth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bench import style
+
+FORWARD, BACKWARD, STEP = "forward", "backward", "fwd + bwd"
+_MARKERS = {FORWARD: "o", BACKWARD: "s", STEP: "^"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operator: its work, its seconds, what ran ("forward", "backward", "fwd + bwd"), whether it is ours."""
+
+    label: str
+    what: str
+    flops: float
+    bytes: float
+    seconds: float
+    ours: bool = True
+    share: float | None = None  # of a step
+
+    def reached(self, gflops: float, gb_s: float) -> float:
+        """The share of its ceiling."""
+        return max(self.flops / gflops, self.bytes / gb_s) / 1e9 / self.seconds
+
+
+def draw(points: Sequence[Point], gflops: float, gb_s: float, title: str, foot: str) -> Figure:
+    """The roofline with every point, numbered, the key beside it. ValueError without a point."""
+    points = [p for p in points if p.seconds > 0 and p.bytes > 0]
+    if not points:
+        raise ValueError("points: got none that takes time and moves bytes")
+    points = sorted(points, key=lambda p: (-(p.share or 0.0), p.flops / p.bytes))
+    least = min([p.flops / p.bytes for p in points if p.flops] + [gflops / gb_s / 8])
+    left = 10 ** np.floor(np.log10(least) - 0.15)
+    if any(not p.flops for p in points):
+        left /= 2
+    right = max([p.flops / p.bytes for p in points] + [gflops / gb_s * 4]) * 2
+    rows = len(points)
+    with style.look():
+        figure = Figure(figsize=(11.5, max(5.6, 1.6 + 0.2 * rows)), layout=None)
+        axes = figure.add_axes((0.07, 0.12, 0.5, 0.79))
+        xs = [max(p.flops / p.bytes, left * 1.25) for p in points]
+        ys = [
+            p.flops / p.seconds / 1e9 if p.flops else p.bytes / p.seconds / 1e9 * x
+            for p, x in zip(points, xs, strict=True)
+        ]
+        axes.set(
+            xscale="log", yscale="log", xlim=(left, right), ylim=(min(min(ys) / 2, left * gb_s), max(gflops, *ys) * 3)
+        )
+        knee = gflops / gb_s
+        axes.plot([left, knee, right], [left * gb_s, gflops, gflops], color=style.INK, linewidth=1.8, zorder=2)
+        axes.fill_between(
+            [left, knee, right], [left * gb_s, gflops, gflops], axes.get_ylim()[0], color="#f4f4f4", zorder=0
+        )
+        for part, alpha in ((0.5, (0, (4, 3))), (0.1, (0, (1, 2)))):
+            roof = np.array([left * gb_s, gflops, gflops]) * part
+            axes.plot([left, knee, right], roof, color="#999999", linewidth=0.8, linestyle=alpha, zorder=1)
+            axes.annotate(
+                f"{part:.0%}",
+                (right, gflops * part),
+                (-3, 2),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=style.PALE,
+            )
+        axes.annotate(
+            f"{style.nice(gflops)} GFLOP/s, matrix product",
+            (right, gflops),
+            (-4, 5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+        )
+        style.grid(axes)
+        for p, x, y in zip(points, xs, ys, strict=True):
+            face = style.OURS if p.ours else "#e2e2e2"
+            axes.plot(
+                x,
+                y,
+                _MARKERS[p.what],
+                markersize=7.5,
+                color=face,
+                markeredgecolor=style.INK,
+                markeredgewidth=0.8,
+                zorder=3,
+            )
+        axes.set_xlabel("operations per byte moved")
+        axes.set_ylabel("GFLOP/s")
+        figure.text(0.01, 0.965, title, fontsize=12, weight="bold", va="center")
+        figure.canvas.draw()
+        a, b = axes.transData.transform([(left, left * gb_s), (knee, gflops)])
+        middle = np.sqrt(left * knee)
+        axes.annotate(
+            f"{style.nice(gb_s)} GB/s, copy",
+            (middle, middle * gb_s),
+            (-6, 5),
+            textcoords="offset points",
+            rotation=np.degrees(np.arctan2(b[1] - a[1], b[0] - a[0])),
+            rotation_mode="anchor",
+            ha="center",
+            fontsize=9,
+        )
+        style.place(axes, list(zip(xs, ys, strict=True)), [str(i + 1) for i in range(rows)])
+        _key(figure, points, gflops, gb_s)
+        style.foot(figure, foot)
+    return figure
+
+
+def _key(figure: Figure, points: Sequence[Point], gflops: float, gb_s: float) -> None:
+    axes = figure.add_axes((0.585, 0.06, 0.41, 0.86))
+    rows = len(points)
+    axes.set(xlim=(0, 1), ylim=(max(rows, 22) + 0.5, -1.6))
+    axes.set_axis_off()
+    with_share = any(p.share is not None for p in points)
+    heads = [(0.985, "of ceiling"), (0.80, "ms")] + ([(0.66, "of step")] if with_share else [])
+    for x, head in heads:
+        axes.text(x, -0.4, head, ha="right", va="center", fontsize=8.5, color=style.PALE)
+    for i, p in enumerate(points):
+        axes.text(0.045, i + 0.6, str(i + 1), ha="right", va="center", fontsize=9)
+        face = style.OURS if p.ours else "#e2e2e2"
+        axes.plot(
+            0.075, i + 0.6, _MARKERS[p.what], markersize=6.5, color=face, markeredgecolor=style.INK, markeredgewidth=0.7
+        )
+        axes.text(0.10, i + 0.6, f"{p.label}, {p.what}", va="center", fontsize=9, weight="bold" if p.ours else "normal")
+        axes.text(0.985, i + 0.6, f"{p.reached(gflops, gb_s):.0%}", ha="right", va="center", fontsize=9)
+        axes.text(0.80, i + 0.6, style.nice(p.seconds * 1e3), ha="right", va="center", fontsize=9)
+        if p.share is not None:
+            axes.text(0.66, i + 0.6, f"{p.share:.0%}", ha="right", va="center", fontsize=9)
