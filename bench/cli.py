@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from bench import calibrate, jobs, report, run, sweep, swept
+from bench import calibrate, commands, jobs, report, run, sweep, swept
 from bench.__main__ import pass_on, programs
 from bench.contest import BACKWARD, BOTH, FORWARD
 from bench.lines import REMARK, Lines
@@ -221,5 +221,7 @@ def _add(name: str, what: str) -> None:
         pass_on(name, context.args)
 
 
+for _command in (commands.profile, commands.pictures):
+    app.command()(_command)
 for _name, _what in programs().items():
     _add(_name, _what)

@@ -7,13 +7,17 @@ read from a cache. What does no arithmetic lies at the left edge, as high above 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from bench import style
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "fwd + bwd"
+_OTHER = "#e2e2e2"
 _MARKERS = {FORWARD: "o", BACKWARD: "s", STEP: "^"}
 
 
@@ -84,7 +88,7 @@ def draw(points: Sequence[Point], gflops: float, gb_s: float, title: str, foot: 
         )
         style.grid(axes)
         for p, x, y in zip(points, xs, ys, strict=True):
-            face = style.OURS if p.ours else "#e2e2e2"
+            face = style.OURS if p.ours else _OTHER
             axes.plot(
                 x,
                 y,
@@ -97,29 +101,53 @@ def draw(points: Sequence[Point], gflops: float, gb_s: float, title: str, foot: 
             )
         axes.set_xlabel("operations per byte moved")
         axes.set_ylabel("GFLOP/s")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.text(0.01, 0.965, title, fontsize=12, weight="bold", va="center")
-        figure.canvas.draw()
-        a, b = axes.transData.transform([(left, left * gb_s), (knee, gflops)])
-        middle = np.sqrt(left * knee)
-        axes.annotate(
-            f"{style.nice(gb_s)} GB/s, copy",
-            (middle, middle * gb_s),
-            (-6, 5),
-            textcoords="offset points",
-            rotation=np.degrees(np.arctan2(b[1] - a[1], b[0] - a[0])),
-            rotation_mode="anchor",
-            ha="center",
-            fontsize=9,
-        )
+        _legend(axes, points)
+        _slope(axes, left, knee, gflops, gb_s, list(zip(xs, ys, strict=True)))
         style.place(axes, list(zip(xs, ys, strict=True)), [str(i + 1) for i in range(rows)])
         _key(figure, points, gflops, gb_s)
         style.foot(figure, foot)
     return figure
 
 
+def _slope(axes: Axes, left: float, knee: float, gflops: float, gb_s: float, points: list[tuple[float, float]]) -> None:
+    """What the slope is, written along it where the points are farthest."""
+    a, b = axes.transData.transform([(left, left * gb_s), (knee, gflops)])
+    spots = axes.transData.transform(points)
+    places = [a + (b - a) * share for share in np.linspace(0.2, 0.8, 13)]
+    at = max(places, key=lambda p: np.hypot(*(spots - p).T).min())
+    axes.annotate(
+        f"{style.nice(gb_s)} GB/s, copy",
+        axes.transData.inverted().transform(at),
+        (-5, 6),
+        textcoords="offset points",
+        rotation=np.degrees(np.arctan2(*(b - a)[::-1])),
+        rotation_mode="anchor",
+        ha="center",
+        fontsize=9,
+    )
+
+
+def _legend(axes: Axes, points: Sequence[Point]) -> None:
+    kinds = [what for what in _MARKERS if any(p.what == what for p in points)]
+    handles = [_mark(what, "#ffffff", label=what) for what in kinds]
+    whose = {p.ours for p in points}
+    if len(whose) == 2:
+        handles += [_mark("forward", style.OURS, label="mtlkernels"), _mark("forward", _OTHER, label="torch")]
+    axes.legend(handles=handles, loc="lower right", fontsize=9, handletextpad=0.2, borderaxespad=0.2)
+
+
+def _mark(what: str, face: str, size: float = 7.0, **more: Any) -> Line2D:
+    return Line2D(
+        [], [], marker=_MARKERS[what], color=face, markeredgecolor=style.INK, markersize=size, linestyle="", **more
+    )
+
+
 def _key(figure: Figure, points: Sequence[Point], gflops: float, gb_s: float) -> None:
     axes = figure.add_axes((0.585, 0.06, 0.41, 0.86))
-    rows = len(points)
+    rows, mixed = len(points), len({p.ours for p in points}) == 2
     axes.set(xlim=(0, 1), ylim=(max(rows, 22) + 0.5, -1.6))
     axes.set_axis_off()
     with_share = any(p.share is not None for p in points)
@@ -128,11 +156,18 @@ def _key(figure: Figure, points: Sequence[Point], gflops: float, gb_s: float) ->
         axes.text(x, -0.4, head, ha="right", va="center", fontsize=8.5, color=style.PALE)
     for i, p in enumerate(points):
         axes.text(0.045, i + 0.6, str(i + 1), ha="right", va="center", fontsize=9)
-        face = style.OURS if p.ours else "#e2e2e2"
+        face = style.OURS if p.ours else _OTHER
         axes.plot(
             0.075, i + 0.6, _MARKERS[p.what], markersize=6.5, color=face, markeredgecolor=style.INK, markeredgewidth=0.7
         )
-        axes.text(0.10, i + 0.6, f"{p.label}, {p.what}", va="center", fontsize=9, weight="bold" if p.ours else "normal")
+        axes.text(
+            0.10,
+            i + 0.6,
+            p.label if len(p.label) < 40 else p.label[:38] + "...",
+            va="center",
+            fontsize=9,
+            weight="bold" if p.ours and mixed else "normal",
+        )
         axes.text(0.985, i + 0.6, f"{p.reached(gflops, gb_s):.0%}", ha="right", va="center", fontsize=9)
         axes.text(0.80, i + 0.6, style.nice(p.seconds * 1e3), ha="right", va="center", fontsize=9)
         if p.share is not None:

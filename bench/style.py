@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -71,52 +72,51 @@ def foot(figure: Figure, text: str) -> None:
     figure.text(0.01, 0.008, text, fontsize=8.5, color=PALE, va="bottom")
 
 
-def spread_labels(axes: Axes, x: float, entries: list[tuple[float, str, dict[str, Any]]], gap: float = 1.15) -> None:
-    """Labels at the right of lines that end at heights y (in data), pushed apart where they would overlap."""
+def spread_labels(axes: Axes, entries: list[tuple[float, float, str, dict[str, Any]]]) -> None:
+    """Texts beside the right ends (x, y) of lines, in the right margin, pushed apart where they would overlap."""
     figure = axes.figure
-    size = 9.0 * figure.dpi / 72 * gap
-    spots = sorted((axes.transData.transform((x, y))[1], y, text, how) for y, text, how in entries)
+    scale = figure.dpi / 72
+    edge = axes.transAxes.transform((1, 0))[0]
+    low, high = (axes.transAxes.transform((0, y))[1] for y in (0, 1))
+    spots = sorted((*axes.transData.transform((x, y))[::-1], i) for i, (x, y, _, _) in enumerate(entries))
+    tall = [9 * 1.3 * scale * (entries[i][2].count("\n") + 1) + 3 * scale for _, _, i in spots]
     heights = [spot[0] for spot in spots]
-    for _ in range(200):
-        moved = False
-        for i in range(len(heights) - 1):
-            short = size - (heights[i + 1] - heights[i])
+    for _ in range(500):
+        moved = 0.0
+        for k in range(len(heights) - 1):
+            short = (tall[k] + tall[k + 1]) / 2 - (heights[k + 1] - heights[k])
             if short > 0.01:
-                heights[i] -= short / 2
-                heights[i + 1] += short / 2
-                moved = True
-        if not moved:
+                heights[k] -= short / 2
+                heights[k + 1] += short / 2
+                moved = max(moved, short)
+        if heights:
+            heights[0] = max(heights[0], low + tall[0] / 2)
+            heights[-1] = min(heights[-1], high)
+        if moved < 0.1:
             break
-    low = axes.transAxes.transform((0, 0))[1]
-    if heights and heights[0] < low:
-        heights = [height + low - heights[0] for height in heights]
-    for height, (at, y, text, how) in zip(heights, spots, strict=True):
-        offset = (height - at) * 72 / figure.dpi
+    for height, (at, x, i) in zip(heights, spots, strict=True):
+        px, py, text, how = entries[i]
+        offset = ((edge - x) / scale + 14, (height - at) / scale)
+        line = {"arrowstyle": "-", "color": how.get("color", PALE), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5}
         axes.annotate(
-            text,
-            (x, y),
-            (10, offset),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            **how,
-        )
+            text, (px, py), offset, textcoords="offset points", va="center", fontsize=9, arrowprops=line,
+            annotation_clip=False, linespacing=1.15, **how,
+        )  # fmt: skip
 
 
 def place(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], fontsize: float = 8.5) -> None:
     """A short text beside every point (in data), where it covers neither another text nor a point."""
     figure = axes.figure
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     spots = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in spots]
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in spots]
     inside = axes.get_window_extent(renderer)
     for (x, y), point, text in zip(spots, points, texts, strict=True):
         probe = axes.annotate(text, point, (0, 0), textcoords="offset points", fontsize=fontsize)
         size = probe.get_window_extent(renderer)
         probe.remove()
         best = None
-        for radius in (4, 9, 15, 22, 30, 40, 52, 66):
+        for radius in (5, 10, 16, 23, 31, 41, 53, 67):
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8)):
                 left = x + dx * (radius + 3) + (0 if dx > 0 else -size.width if dx < 0 else -size.width / 2)
                 low = y + dy * (radius + 3) + (0 if dy > 0 else -size.height if dy < 0 else -size.height / 2)
@@ -131,7 +131,7 @@ def place(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str
         _, box, radius = best
         taken.append(box)
         scale = 72 / figure.dpi
-        arrow = {"arrowstyle": "-", "color": PALE, "linewidth": 0.5} if radius > 9 else None
+        arrow = {"arrowstyle": "-", "color": PALE, "linewidth": 0.5} if radius > 10 else None
         axes.annotate(
             text,
             point,

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,12 @@ class Target:
     network: nn.Module
     inputs: tuple[Tensor, ...]
     run: Callable[..., Any]
+    _above: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def title(self) -> str:
+        """The name without the folders of a file."""
+        return Path(self.name).name
 
     def outputs(self, *inputs: Tensor) -> list[Tensor]:
         """The results that want a gradient, out of whatever the network gives; of these inputs, or its own."""
@@ -42,7 +48,9 @@ class Target:
         outputs = self.outputs()
         if not outputs:
             raise ValueError(f"{self.name}: no output depends on a parameter or on an input that wants a gradient")
-        torch.autograd.backward(outputs, [_above(t) for t in outputs])
+        if [t.shape for t in self._above] != [t.shape for t in outputs]:  # once: making it is no part of the step
+            self._above = [_above(t) for t in outputs]
+        torch.autograd.backward(outputs, self._above)
 
     def release(self) -> None:
         """Drops all gradients."""
@@ -57,7 +65,7 @@ class Target:
 
 
 def _above(out: Tensor) -> Tensor:
-    """Numbers that differ, made in one cheap pass."""
+    """Numbers that differ, the same every time."""
     return torch.linspace(-1, 1, out.numel(), dtype=torch.float32, device=out.device).to(out.dtype).view(out.shape)
 
 
@@ -104,7 +112,7 @@ def load(
 
 
 def _named(name: str, changes: dict[str, int], plain: bool, small: bool, dtype: torch.dtype, device: str) -> Target:
-    known = {field.name for field in fields(Sizes)}
+    known = {letter.name for letter in fields(Sizes)}
     if unknown := set(changes) - known:
         raise ValueError(f"sizes: got {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}")
     z = replace(TINY if small else Sizes(), **changes)
