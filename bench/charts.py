@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench import calibrate, roofline, slopes, style, swept
 from bench.contest import OURS
 from bench.lines import SWEPT
+from bench.papers import ARCHITECTURES
 
 Entries = Sequence[dict[str, Any]]
 ORDER = (OURS, "plain", "plain formula", *swept.ALL)  # the rest as they come
@@ -31,7 +32,9 @@ def operators(head: dict[str, Any], entries: Entries, dtype: str) -> Figure | No
     import torch
 
     points = []
-    for entry in entries:
+    # Networks have theirs where a file has nothing else.
+    some = [entry for entry in entries if entry["subject"] not in ARCHITECTURES] or entries
+    for entry in some:
         own = entry["ours"] and entry["variant"] == OURS and entry["dtype"] == dtype and entry["flops"] is not None
         if own and entry["check"]["ok"]:
             seconds = entry["ms"]["median"] / 1e3
@@ -42,7 +45,7 @@ def operators(head: dict[str, Any], entries: Entries, dtype: str) -> Figure | No
     machine = head["machine"]
     rates = calibrate.rates(head["ceilings"], getattr(torch, dtype), machine["threads"])
     device = entries[0]["device"]
-    foot = f"{style.where(machine, device)}. Medians. Above the slope: out of a cache."
+    foot = f"{style.where(machine, device)}. Medians. Above the line: out of a cache, or by skipping what is closed."
     return roofline.draw(points, *rates, f"Roofline: mtlkernels, {dtype}", foot)
 
 
@@ -60,34 +63,36 @@ def bars(head: dict[str, Any], entries: Entries, what: str, dtype: str) -> Figur
     height = sum(0.30 * sum(bool(own.get(v, {}).get("ratio")) for v in rivals) + 0.22 for own in subjects.values())
     longest = max(e["ratio"] or 0 for own in subjects.values() for e in own.values())
     with style.look():
-        legend_rows = -(-(len(rivals) + 1) // 3)
-        figure = Figure(figsize=(10, height + 1.35 + 0.24 * legend_rows))
-        tall = figure.get_figheight()
-        bottom, top = 0.75 / tall, 1 - (0.5 + 0.24 * legend_rows) / tall
-        axes = figure.add_axes((0.3, bottom, 0.66, top - bottom))
+        tall = height + 1.35
+        figure = Figure(figsize=(10, tall))
+        axes = figure.add_axes((0.26, 0.75 / tall, 0.72, 1 - 1.3 / tall))
         log = longest > 12
         least = min(0.5, 0.8 * min(e["ratio"] for own in subjects.values() for e in own.values() if e["ratio"]))
         axes.set_xscale("log" if log else "linear")
-        axes.set_xlim(least if log else 0, longest * (1.7 if log else 1.13))
+        axes.set_xlim(least if log else 0, longest * (7 if log else 1.5))
         at, middles, labels = 0.0, [], []
         for (subject, name), own in subjects.items():
             start = at
-            for i, rival in enumerate(rivals):
+            for rival in rivals:
                 entry = own.get(rival)
                 if entry is None or not entry["ratio"]:
                     continue
-                axes.barh(at, entry["ratio"], 0.82, color=_bar(i), edgecolor=style.INK, hatch=_hatch(i), linewidth=0.6)
-                noisy = "~" if entry["noisy"] else ""
+                colour, hatch = _kind(rival)
+                axes.barh(at, entry["ratio"], 0.82, color=colour, edgecolor=style.INK, hatch=hatch, linewidth=0.6)
+                text = f"{'~' if entry['noisy'] else ''}{entry['ratio']:.2f}x  {rival}"
                 axes.annotate(
-                    f"{noisy}{entry['ratio']:.2f}x", (entry["ratio"], at), (4, 0), textcoords="offset points",
-                    va="center", fontsize=8.5,
-                )  # fmt: skip
+                    text, (max(entry["ratio"], 1), at), (6, 0), textcoords="offset points", va="center", fontsize=8.5
+                )
                 at += 1
             middles.append((start + at - 1) / 2)
             ms = own[OURS]["ms"]["median"]
             labels.append(f"{subject}{', ' + name if several else ''}\nours {style.nice(ms)} ms")
             at += 0.75
         axes.axvline(1, color=style.OURS, linewidth=2.2, zorder=3)
+        axes.annotate(
+            "mtlkernels", (1, 1), (0, 3), textcoords="offset points", xycoords=axes.get_xaxis_transform(),
+            ha="center", fontsize=9.5, weight="bold", color=style.OURS,
+        )  # fmt: skip
         axes.set_ylim(at - 0.9, -0.75)
         axes.set_yticks(middles, labels, fontsize=9)
         axes.tick_params(axis="y", length=0)
@@ -98,15 +103,6 @@ def bars(head: dict[str, Any], entries: Entries, what: str, dtype: str) -> Figur
             axes.xaxis.set_minor_formatter(NullFormatter())
         style.grid(axes, "x")
         figure.text(0.01, 1 - 0.2 / tall, _head(what, dtype), fontsize=12, weight="bold", va="center")
-        handles = [axes.plot([], [], color=style.OURS, linewidth=2.2)[0]]
-        handles += [
-            axes.barh([0], [0], color=_bar(i), edgecolor=style.INK, hatch=_hatch(i), linewidth=0.6)
-            for i in range(len(rivals))
-        ]
-        figure.legend(
-            handles, ["mtlkernels", *rivals], loc="upper left", bbox_to_anchor=(0.005, 1 - 0.34 / tall), ncols=3,
-            fontsize=9, handlelength=2.4, handleheight=1.1, columnspacing=1.8,
-        )  # fmt: skip
         device = entries[0]["device"]
         noisy = any(own[OURS]["noisy"] for own in subjects.values())
         foot = f"{style.where(head['machine'], device)}. Medians of variants timed in turn, every check green."
@@ -118,12 +114,11 @@ def _head(what: str, dtype: str) -> str:
     return f"{title_of(what).capitalize()}, {dtype}: time against ours, shorter is faster"
 
 
-def _bar(i: int) -> str:
-    return ("#c9c9c9", "#ffffff", "#8f8f8f", "#e8d9b5", "#b7cbb5", "#d8c7dd", "#f0f0f0", "#a9b8c4")[i % 8]
-
-
-def _hatch(i: int) -> str:
-    return ("", "///", "", "...", "xxx", "\\\\\\", "---", "ooo")[i % 8]
+def _kind(rival: str) -> tuple[str, str]:
+    """Colour and hatch: plain modules and formulas, what a compiler makes of them, and what is written by hand."""
+    if rival.startswith("plain"):
+        return "#ffffff", "///"
+    return ("#a9b8c4", "...") if rival.startswith("torch.compile") else ("#c9c9c9", "")
 
 
 def _ordered(names: Any) -> list[str]:

@@ -221,7 +221,7 @@ def _add(name: str, what: str) -> None:
         pass_on(name, context.args)
 
 
-for _command in (commands.profile, commands.pictures):
+for _command in (commands.profile, commands.plan, commands.pictures):
     app.command()(_command)
 for _name, _what in programs().items():
     _add(_name, _what)

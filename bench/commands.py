@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import calibrate, report, run
-from bench.target import Target, keywords, load
+from bench import calibrate, report, run, sweep
+from bench.target import keywords, load
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -46,7 +46,11 @@ def profile(
     """One step: trace, roofline of every operator, memory along it, and what to change."""
     from bench import profiled
 
-    target = _target(name, sizes, inputs, arguments, plain, small, dtype, device)
+    options = _options(sizes, inputs, arguments, plain, small, dtype)
+    try:
+        target = load(name, **options, device=device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     _, rates = _rates(ceilings, dtype, device, 0.0 if small else 0.5, small)
     found = profiled.profile(target, *rates, seconds=0.0 if small else seconds, rounds=2 if small else 5)
     console = report.console()
@@ -75,17 +79,67 @@ def pictures(
         raise typer.BadParameter(str(error)) from None
 
 
-def _target(
-    name: str, sizes: str, inputs: list[str] | None, arguments: str, plain: bool, small: bool, dtype: str, device: str
-) -> Target:
+def plan(
+    name: Name,
+    sizes: SizesOf = "",
+    inputs: Inputs = None,
+    arguments: Arguments = "",
+    plain: Plain = False,
+    dtype: Dtype = "float32",
+    device: Device = DEVICE,
+    ceilings: Ceilings = None,
+    memory: Annotated[float, typer.Option(help="GiB that a step may take; 0.7 of what is free without it.")] = 0.0,
+    rows: Annotated[int, typer.Option(help="Of a slice; found where the step does not fit.")] = 0,
+    measure: Annotated[bool, typer.Option(help="Run it too, in slices where it does not fit.")] = True,
+    seconds: Annotated[float, typer.Option(help="Of timing.")] = 1.0,
+    small: Small = False,
+) -> None:
+    """Operations, bytes, memory and time of a step on paper, how far it is measured from that, and slices that fit."""
+    from bench import planned
+
+    options = _options(sizes, inputs, arguments, plain, small, dtype) | {"name": name, "device": device}
+    machine, rates = _rates(ceilings, dtype, device, 0.0 if small else 0.5, small)
+    here = calibrate.machine()
+    room = memory * 2**30 or 0.7 * sweep.free_bytes(device)
+    try:
+        whole = planned.plan(options, *rates)
+        fits, part = whole.total <= room, None
+        if rows or not fits:
+            part = planned.plan(options, *rates, rows) if rows else planned.slice_rows(options, whole, room, *rates)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    where = f"{machine['gpu'] if device == 'cuda' else machine['cpu']}, {machine['threads']} threads"
+    console = report.console()
+    console.print(planned.table(name, whole, *rates, room, where))
+    slices = 1
+    if part is not None:
+        slices = -(-whole.rows // part.rows)
+        console.print(planned.table(f"{name}, one of {slices} slices", part, *rates, room, where))
+        print(f"\nbackward_in_slices(loss, ..., rows={part.rows})  # mtlkernels.slices: the same gradients")
+    elif not fits:
+        print(f"\n{planned.TOO_LARGE}")
+        raise typer.Exit(1)
+    same = all(machine.get(word) == here.get(word) for word in ("gpu", "cpu", "threads"))
+    if not measure or not same:
+        print("\nnot measured" + ("" if same else ": these are the ceilings of another machine"))
+        return
+    found = planned.measure(options, part and part.rows, 0.0 if small else seconds)
+    print()
+    for sentence in planned.against(part or whole, found, slices, whole.inputs if part else 0):
+        print(sentence)
+
+
+def _options(
+    sizes: str, inputs: list[str] | None, arguments: str, plain: bool, small: bool, dtype: str
+) -> dict[str, Any]:
+    """What `load` takes, checked as far as it goes without loading."""
     try:
         if dtype not in ("float32", "bfloat16", "float16", "float64"):
             raise ValueError(f"--dtype: got {dtype!r}, expected float32, bfloat16, float16 or float64")
-        options: dict[str, Any] = {"sizes": keywords(sizes, "--sizes"), "inputs": tuple(inputs or ())}
-        options |= {"arguments": keywords(arguments, "--arguments"), "plain": plain, "small": small}
-        return load(name, **options, dtype=getattr(torch, dtype), device=device)
+        options = {"sizes": keywords(sizes, "--sizes"), "arguments": keywords(arguments, "--arguments")}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    return options | {"inputs": inputs or [], "plain": plain, "small": small, "dtype": dtype}
 
 
 def _rates(

@@ -78,14 +78,6 @@ def draw(points: Sequence[Point], gflops: float, gb_s: float, title: str, foot: 
                 fontsize=8,
                 color=style.PALE,
             )
-        axes.annotate(
-            f"{style.nice(gflops)} GFLOP/s, matrix product",
-            (right, gflops),
-            (-4, 5),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-        )
         style.grid(axes)
         for p, x, y in zip(points, xs, ys, strict=True):
             face = style.OURS if p.ours else _OTHER
@@ -105,29 +97,41 @@ def draw(points: Sequence[Point], gflops: float, gb_s: float, title: str, foot: 
             axis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.text(0.01, 0.965, title, fontsize=12, weight="bold", va="center")
         _legend(axes, points)
-        _slope(axes, left, knee, gflops, gb_s, list(zip(xs, ys, strict=True)))
+        _name_ceilings(axes, left, knee, right, gflops, gb_s, list(zip(xs, ys, strict=True)))
         style.place(axes, list(zip(xs, ys, strict=True)), [str(i + 1) for i in range(rows)])
         _key(figure, points, gflops, gb_s)
         style.foot(figure, foot)
     return figure
 
 
-def _slope(axes: Axes, left: float, knee: float, gflops: float, gb_s: float, points: list[tuple[float, float]]) -> None:
-    """What the slope is, written along it where the points are farthest."""
-    a, b = axes.transData.transform([(left, left * gb_s), (knee, gflops)])
+def _name_ceilings(
+    axes: Axes, left: float, knee: float, right: float, gflops: float, gb_s: float, points: list[tuple[float, float]]
+) -> None:
+    """What the two parts of the line are, written along each where the points are farthest."""
     spots = axes.transData.transform(points)
-    places = [a + (b - a) * share for share in np.linspace(0.2, 0.8, 13)]
-    at = max(places, key=lambda p: np.hypot(*(spots - p).T).min())
-    axes.annotate(
-        f"{style.nice(gb_s)} GB/s, copy",
-        axes.transData.inverted().transform(at),
-        (-5, 6),
-        textcoords="offset points",
-        rotation=np.degrees(np.arctan2(*(b - a)[::-1])),
-        rotation_mode="anchor",
-        ha="center",
-        fontsize=9,
-    )
+    corners = axes.transData.transform([(left, left * gb_s), (knee, gflops), (right, gflops)])
+    texts = f"{style.nice(gb_s)} GB/s, copy", f"{style.nice(gflops)} GFLOP/s, matrix product"
+    for text, a, b in zip(texts, corners[:-1], corners[1:], strict=True):
+        half = 90 if b[1] == a[1] else 68  # about half of the text, in dots
+        long = np.hypot(*(b - a))
+        shares = np.linspace(min(half / long, 0.5), max(1 - half / long, 0.5), 15)
+        at = max((a + (b - a) * share for share in shares), key=lambda p, half=half: _distance(spots, p, half))
+        axes.annotate(
+            text,
+            axes.transData.inverted().transform(at),
+            (-4, 5) if b[1] > a[1] else (0, 6),
+            textcoords="offset points",
+            rotation=np.degrees(np.arctan2(*(b - a)[::-1])),
+            rotation_mode="anchor",
+            ha="center",
+            fontsize=9,
+        )
+
+
+def _distance(spots: np.ndarray, at: np.ndarray, half: float) -> float:
+    """To the nearest point, of a text about so wide above `at`."""
+    away = np.abs(spots - at - (0, 10))
+    return np.hypot(np.maximum(away[:, 0] - half, 0), away[:, 1]).min()
 
 
 def _legend(axes: Axes, points: Sequence[Point]) -> None:

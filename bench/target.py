@@ -4,7 +4,7 @@ import ast
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ class Target:
         network: in training mode.
         inputs: tensors; those of floating point want their gradient.
         run: one call.
+        above: the gradients that came from above in the last step.
     """
 
     name: str
     network: nn.Module
     inputs: tuple[Tensor, ...]
     run: Callable[..., Any]
-    _above: list[Tensor] = field(default_factory=list, repr=False)
+    above: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def title(self) -> str:
@@ -48,9 +49,9 @@ class Target:
         outputs = self.outputs()
         if not outputs:
             raise ValueError(f"{self.name}: no output depends on a parameter or on an input that wants a gradient")
-        if [t.shape for t in self._above] != [t.shape for t in outputs]:  # once: making it is no part of the step
-            self._above = [_above(t) for t in outputs]
-        torch.autograd.backward(outputs, self._above)
+        if [t.shape for t in self.above] != [t.shape for t in outputs]:  # once: making it is no part of the step
+            self.above = [_above(t) for t in outputs]
+        torch.autograd.backward(outputs, self.above)
 
     def release(self) -> None:
         """Drops all gradients."""
@@ -73,11 +74,11 @@ def load(
     name: str,
     *,
     sizes: dict[str, int] | None = None,
-    inputs: tuple[str, ...] = (),
+    inputs: Sequence[str] = (),
     arguments: dict[str, Any] | None = None,
     plain: bool = False,
     small: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
     device: str = "cpu",
 ) -> Target:
     """The target of this name.
@@ -88,6 +89,7 @@ def load(
         sizes: letters of `bench.papers.Sizes`, of a network by name.
         inputs: of a module of the user's own, as in `tensor`.
         arguments: keywords with which `thing` is called.
+        dtype: by its name, so that all of this can be handed to another process.
         plain: of a network by name, the modules that people write.
 
     Raises:
@@ -101,14 +103,14 @@ def load(
             )
         if inputs or arguments:
             raise ValueError(f"{name} takes sizes; inputs and arguments are for a module of your own")
-        return _named(name, sizes or {}, plain, small, dtype, device)
+        return _named(name, sizes or {}, plain, small, getattr(torch, dtype), device)
     if sizes or plain:
         raise ValueError(f"{name} takes inputs and arguments; sizes and plain are for a network by name")
     if not inputs:
         raise ValueError(f"inputs: {name} needs the shape of a batch, as in 512,64")
     network = _own(name, arguments or {})
-    tensors = tuple(tensor(text, dtype, device) for text in inputs)
-    return Target(name, network.to(device, dtype).train(), tensors, nn.Module.__call__)
+    tensors = tuple(tensor(text, getattr(torch, dtype), device) for text in inputs)
+    return Target(name, _moved(network, device, getattr(torch, dtype)), tensors, nn.Module.__call__)
 
 
 def _named(name: str, changes: dict[str, int], plain: bool, small: bool, dtype: torch.dtype, device: str) -> Target:
@@ -123,7 +125,13 @@ def _named(name: str, changes: dict[str, int], plain: bool, small: bool, dtype: 
         network, run = found.rival(network), nn.Module.__call__
     extras = tuple(t.to(device) for t in found.extras(z))
     x = torch.randn(z.B, z.K).to(device, dtype).requires_grad_()
-    return Target(f"{name}, plain" if plain else name, network.to(device, dtype).train(), (x, *extras), run)
+    return Target(f"{name}, plain" if plain else name, _moved(network, device, dtype), (x, *extras), run)
+
+
+def _moved(network: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """In training mode, on the device, in the dtype; untouched where it is: modules of fake tensors cannot be moved."""
+    there = all(p.dtype == dtype and p.device.type == torch.device(device).type for p in network.parameters())
+    return (network if there else network.to(device, dtype)).train()
 
 
 def _own(name: str, arguments: dict[str, Any]) -> nn.Module:
