@@ -54,24 +54,28 @@ def advise(target: Target, step: Step, gflops: float, gb_s: float, seconds: floa
 def _swap(target: Target, loop: Loop, loops: list[Loop], seconds: float) -> Advice:
     """The lines that run the experts in one call, and the mix too where the gates are found."""
     gates = next((other for other in loops if other.is_gate_of(loop)), None)
-    kind = "experts" if gates is not None or "expert" in loop.where else "modules"
-    share, what = loop.share, f"the Python loop over the {len(loop.modules)} {kind} of {loop.where}"
-    tries = [_outputs_alone(loop)]
+    tries = [(None, _outputs_alone(loop))]
     if gates is not None:
-        share += gates.share
-        what += f" and the {len(gates.modules)} gates of {gates.where}"
-        tries.insert(0, _mixture(loop, gates))
-    calls = loop.calls + (gates.calls if gates is not None else 0)
-    text = f"{what} takes {share:.0%} of the step, in {calls} operators"
-    for lines, hint, expected in tries:
+        tries.insert(0, (gates, _mixture(loop, gates)))
+    for also, (lines, hint, expected) in tries:
         with evaluating(target.network):
             names = {"network": target.network, "x": loop.x}
             exec("\n".join(lines), names)
             error = expected(target, names["z"].detach())
         if error <= CLOSE.get(loop.x.dtype, 2e-2):
-            lines = [*lines[:-1], f"{lines[-1]}  # {hint}"]
-            return Advice(text, share, lines, error, _times(names, lines[-1], loop, gates, seconds))
+            ms = _times(names, lines[-1], loop, also, seconds)
+            return Advice(*_cost(loop, also), [*lines[:-1], f"{lines[-1]}  # {hint}"], error, ms)
+    text, share = _cost(loop, None)
     return Advice(f"{text}; what was tried in their place does not give the same numbers", share)
+
+
+def _cost(loop: Loop, gates: Loop | None) -> tuple[str, float]:
+    kind = "experts" if gates is not None or "expert" in loop.where else "modules"
+    text, share, calls = f"the Python loop over the {len(loop.modules)} {kind} of {loop.where}", loop.share, loop.calls
+    if gates is not None:
+        text += f" and the {len(gates.modules)} gates of {gates.where}"
+        share, calls = share + gates.share, calls + gates.calls
+    return f"{text} takes {share:.0%} of the step, in {calls} operators", share
 
 
 Try = tuple[list[str], str, Callable[[Target, Tensor], float]]
@@ -138,15 +142,15 @@ def _times(names: dict[str, Any], call: str, loop: Loop, gates: Loop | None, sec
     """Milliseconds of the modules and of the line `call` in their place, forward and backward."""
     x, line = loop.x.requires_grad_(), compile(call.partition("=")[2].strip(), "<line>", "eval")
     above = torch.randn_like(names["z"])
-    ours = [p for bank in names.values() if isinstance(bank, ExpertMLP) for p in bank.parameters()]
+    banks = [bank.train(loop.modules[0].training) for bank in names.values() if isinstance(bank, ExpertMLP)]
+    ours = [p for bank in banks for p in bank.parameters()]
     theirs = [p for m in (*loop.modules, *(gates.modules if gates is not None else ())) for p in m.parameters()]
-    mixing = "gated_mix" in names
 
     def modules() -> Any:
         units = [x] if loop.units is None else x.unbind(1)
         inputs = [t for t, n in zip(units, loop.units or [len(loop.modules)], strict=True) for _ in range(n)]
         z = torch.stack([m(t) for m, t in zip(loop.modules, inputs, strict=True)], 1)
-        if mixing:
+        if gates is not None:
             weights = torch.stack([gate(x) for gate in gates.modules], 1)
             z = torch.bmm(weights if gates.softmax else weights.softmax(-1), z)
         return torch.autograd.grad(z, [x, *theirs], above)

@@ -121,7 +121,7 @@ def plan(
         raise typer.Exit(1)
     same = all(machine.get(word) == here.get(word) for word in ("gpu", "cpu", "threads"))
     if not measure or not same:
-        print("\nnot measured" + ("" if same else ": these are the ceilings of another machine"))
+        print("\nnot measured" + ("" if same else f": these are the ceilings of {where}"))
         return
     found = planned.measure(options, part and part.rows, 0.0 if small else seconds)
     print()

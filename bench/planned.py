@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from bench.memory import peak_memory
 from bench.style import nice
@@ -84,13 +88,32 @@ def _size(network: nn.Module) -> int:
 
 
 def _on_paper(options: dict[str, Any], rows: int | None) -> tuple[Step, Target]:
-    with FakeTensorMode(allow_non_fake_inputs=True), _made_as(options):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode, _made_as(options):
+            target = load(**options)
+    except DataDependentOutputException:  # its constructor looks at numbers
         target = load(**options)
+        for module in target.network.modules():
+            for held in (module._parameters, module._buffers):
+                held.update({name: _faked(mode, t) for name, t in held.items() if t is not None})
+        target.inputs = tuple(_faked(mode, t) for t in target.inputs)
+    with mode:
         if rows is not None:
             target = _first(target, rows)
-        target.step()  # makes what comes from above
-        target.release()
-        return watch(target.network, target.step, before=(*target.inputs, *target.above)), target
+        try:
+            target.step()  # makes what comes from above
+            target.release()
+            return watch(target.network, target.step, before=(*target.inputs, *target.above)), target
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"{target.name} looks at numbers while it runs ({error}): profile can, plan cannot"
+            ) from None
+
+
+def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    found = mode.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+    return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found
 
 
 @contextmanager
