@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench import calibrate, roofline, slopes, style, swept
 from bench.contest import OURS
@@ -98,9 +97,7 @@ def bars(head: dict[str, Any], entries: Entries, what: str, dtype: str) -> Figur
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("time / time of mtlkernels" + (", logarithmic" if log else ""))
         if log:
-            axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            style.log_ticks(axes.xaxis, axes.get_xlim())
         style.grid(axes, "x")
         figure.text(0.01, 1 - 0.2 / tall, _head(what, dtype), fontsize=12, weight="bold", va="center")
         device = entries[0]["device"]
@@ -111,7 +108,7 @@ def bars(head: dict[str, Any], entries: Entries, what: str, dtype: str) -> Figur
 
 
 def _head(what: str, dtype: str) -> str:
-    return f"{title_of(what).capitalize()}, {dtype}: time against ours, shorter is faster"
+    return f"{title_of(what).capitalize()}, {dtype}: time over ours; beyond the line is slower than ours"
 
 
 def _kind(rival: str) -> tuple[str, str]:
@@ -164,8 +161,7 @@ def growth(head: dict[str, Any], entries: Entries, axis: str, field: str, dtype:
             points = sorted({at for curve in lines.values() for at in curve})
             _guide(axes, points, least, most)
             style.plain_ticks(axes.xaxis, points if len(points) < 9 else points[::2])
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            style.log_ticks(axes.yaxis, axes.get_ylim())
             axes.set_xlabel(_WORDS[axis])
             axes.set_ylabel("time, ms" if field == "ms" else "peak memory beyond operands and results, MiB")
             axes.set_title(title_of(what).capitalize() if what != "fwd + bwd" else "Training step", pad=9)

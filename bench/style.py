@@ -9,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 OURS, INK, PALE, FAINT = "#0b4f8a", "#222222", "#6d6d6d", "#d9d9d9"
@@ -51,6 +52,14 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks at these values, written as they are: 1024, and not 10^3."""
     axis.set_ticks(list(values), [f"{value:g}" for value in values])
     axis.set_ticks([], minor=True)
+
+
+def log_ticks(axis: Any, limits: tuple[float, float]) -> None:
+    """Ticks of a logarithmic axis in plain numbers: 1, 2, 5, 10, or where there are many decades 1, 10, 100."""
+    few = limits[1] < limits[0] * 3000
+    axis.set_major_locator(LogLocator(10, (1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def nice(value: float) -> str:
