@@ -29,9 +29,9 @@ from bench.libraries import LIBRARIES
 from bench.memory import peak_memory
 from bench.papers import ARCHITECTURES, TINY, Sizes, about
 from bench.rivals import Batched, levels_of, value
+from bench.subjects import BATCHED, PLAIN
 from bench.timing import AGAIN, control_difference, interleaved
 
-PLAIN, BATCHED = "plain", "batched"
 SEED = 1  # of what is drawn in the step that is checked
 
 
@@ -156,7 +156,7 @@ def measure(
         first = contest.first_steps(found, name)
         checks = {who: contest.compare(results(contestant), expected, dtype) for who, contestant in found.items()}
         steps = {who: contestant.work(what) for who, contestant in found.items()}
-        timing = {"seconds": seconds, "warmup_seconds": 0.0, "min_rounds": min_rounds, "device": device}
+        timing = {"seconds": seconds, "warmup_seconds": seconds / 10, "min_rounds": min_rounds, "device": device}
         times = interleaved(steps, **timing, control=OURS)
     chosen, spent = watched(steps[OURS])
     spent = spent and spent._replace(flops=all_flops(steps[OURS]))

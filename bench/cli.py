@@ -72,11 +72,9 @@ def run_command(
     lines = _lines(out, "run", dtypes, device, seconds, small, again)
     common = {"device": device, "memory": memory, "ceilings": lines.ceilings, "dtypes": dtypes, "whats": whats}
     common |= {"seconds": 0.0 if small else seconds, "min_rounds": 2 if small else 5, "small": small}
-    own = {
-        "backends": tuple(filter(None, backends.split(","))),
-        "rivals": tuple(r for r in wanted if r in run.COMPILERS),
-    }
-    todo = [*run.operator_jobs(taken, shapes, **common, **own), *run.network_jobs(nets, shapes, wanted, **common)]
+    own = tuple(filter(None, backends.split(",")))
+    todo = list(run.operator_jobs(taken, shapes, wanted, backends=own, **common))
+    todo += run.network_jobs(nets, shapes, wanted, **common)
     status = _watch(todo, lines, lambda: run.table(_of(todo, lines), _ROWS))
     report.console().print(run.table(_of(todo, lines)))
     raise typer.Exit(_end(status, todo, lines))
@@ -127,10 +125,12 @@ def sweep_command(
     status = _watch(todo, lines, lambda: _sweep_tables(_of(todo, lines)))
     console, found = report.console(), _of(todo, lines)
     console.print(_sweep_tables(found))
-    if found:
-        console.print(sweep.growth_table(found))
-    for sentence in sweep.crossover_lines(found) or ["no variant overtakes another within what was swept"]:
-        console.print(sentence, markup=False, highlight=False)
+    for name in dict.fromkeys(entry["dtype"] for entry in found):
+        own = [entry for entry in found if entry["dtype"] == name]
+        console.print(sweep.growth_table(own))
+        crossed = sweep.crossover_lines(own) or ["no variant overtakes another within what was swept"]
+        for sentence in sweep.each_lines(own) + crossed:
+            console.print(sentence, markup=False, highlight=False)
     raise typer.Exit(_end(status, todo, lines))
 
 
@@ -157,12 +157,12 @@ def _watch(todo: list[jobs.Job], lines: Lines, draw: Callable[[], Any]) -> int:
         print(f"{lines.path} has {len(todo) - len(left)} of {len(todo)} already")
     if not console.is_terminal:
         return jobs.work_off(todo, lines, lambda title: print(title, flush=True) if title else None)
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
+    with Live(console=console, auto_refresh=False, transient=True) as live:  # no thread beside what is timed
 
         def show(title: str) -> None:
             done = sum(job.done(lines) for job in todo)
             at = f"{done} of {len(todo)}, {time.perf_counter() - began:.0f} s: {title}"
-            live.update(Group(draw(), Text(at)))
+            live.update(Group(draw(), Text(at)), refresh=True)
 
         return jobs.work_off(todo, lines, show)
 
@@ -173,8 +173,10 @@ def _end(status: int, todo: Iterable[jobs.Job], lines: Lines) -> int:
     said = [
         entry for entry in lines.records if entry["kind"] == REMARK and any(a.items() <= entry.items() for a in about)
     ]
-    for text in dict.fromkeys(f"{entry['variant']}: {entry['text']}" for entry in said):
-        print(text)
+    noted = [(entry["variant"], entry["text"]) for entry in said]
+    noted += [(entry["variant"], entry["note"]) for entry in lines.figures if entry.get("note")]
+    for variant, text in dict.fromkeys(noted):
+        print(f"{variant}: {text}")
     if status == jobs.STOPPED:
         print("stopped: what was measured is kept, and the same command goes on")
     print(lines.path)

@@ -4,9 +4,10 @@
 
 Every operator and every network, forward, backward and both, at shapes of `bench.shapes`; one shape each by default.
 A figure is taken only after output and gradients agreed with float64; else the test fails. The rivals run in turn with
-ours in the same test, and what came of it is in extra_info: {"backend", "mode", "flops", "bytes", "share" (of the least
-time that the ceilings of this machine allow), "floor_ms", "floor_by", "peak_mib", "ms" (of all), "speed_up" (of ours
-over each; none where its check is not green), "control_difference", "noisy"}.
+ours in the same test, and what came of it is in a table below pytest-benchmark's, and in extra_info: {"backend",
+"mode", "flops", "bytes", "percent_of_ceiling" (the least time that the ceilings of this machine allow, over ours),
+"floor_ms", "floor_by", "peak_mib", "ms" (of all), "speed_up" (of ours over each; none where its check is not green),
+"control_difference", "noisy" (ours timed twice differs by more than 5 %)}.
 
 A regression fails the command where an earlier run was saved:
 
@@ -21,9 +22,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import calibrate
+from bench import calibrate, report
 from bench.contest import BACKWARD, BOTH, FORWARD, OURS
-from bench.timing import is_noisy, synchronize
+from bench.tables import Table
+from bench.timing import is_noisy, synchronize, warm_up
 
 WHATS = (FORWARD, BACKWARD, BOTH)
 
@@ -45,31 +47,27 @@ class Settings:
     peak: bool
     ceilings: list[dict[str, Any]]
 
-    def options(self, what: str) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """For bench.operators.measure and bench.architectures.measure."""
         timing = {"seconds": 0.0 if self.small else 0.2, "min_rounds": 2 if self.small else 5}
-        # A backward pass lies within both, and so does its peak.
-        weighed = (OURS,) if self.peak and what != BACKWARD else ()
-        return timing | {"device": self.device, "ceilings": self.ceilings, "memory": weighed}
+        return timing | {"device": self.device, "ceilings": self.ceilings, "memory": (OURS,) if self.peak else ()}
 
     def note(self, benchmark: Any, row: dict[str, Any], peak: dict[str, float | None] | None, mode: str) -> None:
         """Fails where ours is wrong; else puts what was measured beside the figure to come."""
         assert row["check"][OURS]["ok"], row["check"][OURS]
-        kept = ("backend", "flops", "bytes", "share", "floor_ms", "floor_by", "ms", "control_difference")
+        kept = ("backend", "flops", "bytes", "floor_ms", "floor_by", "ms", "control_difference")
         benchmark.extra_info.update({name: row[name] for name in kept})
+        benchmark.extra_info["percent_of_ceiling"] = row["share"] and 100 * row["share"]
         benchmark.extra_info.update(speed_up=row["ratio"], peak_mib=(peak or {}).get(OURS), mode=mode)
         benchmark.extra_info["noisy"] = is_noisy(row["control_difference"])
 
-    def awaited(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call, and what it launched."""
+    def time(self, benchmark: Any, call: Callable[[], Any]) -> None:
+        """The call, and what it launched, by pytest-benchmark's clock."""
+        warm_up(call, 0.0 if self.small else 0.1, self.device)
         if torch.device(self.device).type != "cuda":
-            return call
-
-        def run() -> None:
-            call()
-            synchronize(self.device)
-
-        return run
+            benchmark(call)
+        else:
+            benchmark(lambda: (call(), synchronize(self.device)))
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +78,30 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     sizes = calibrate.SMALL_SIZES if small else None
     rows = calibrate.ceilings(dtypes, device, seconds=0.0 if small else 0.1, sizes=sizes)
     return Settings(device, small, not option("--no-peak"), rows)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Ours beside each rival whose check is green."""
+    session = getattr(config, "_benchmarksession", None)
+    rows = [bench for bench in session.benchmarks if "speed_up" in bench.extra_info] if session else []
+    if not rows:
+        return
+    noisy = sum(bench.extra_info["noisy"] for bench in rows)
+    table = Table(
+        title="ours and its rivals in turn", caption=f"~: ours timed twice differs by more than 5 % ({noisy})"
+    )
+    for head in ("benchmark", "ms", "% of\nceiling", "MiB", "time of a rival / ours"):
+        table.add_column(head, justify="left" if head[:4] in ("benc", "time") else "right", overflow="fold")
+    for bench in rows:
+        extra = bench.extra_info
+        share, peak = extra["percent_of_ceiling"], extra["peak_mib"]
+        table.add_row(
+            bench.name.partition("[")[2].rstrip("]"),
+            ("~" if extra["noisy"] else "") + f"{extra['ms'][OURS]['median']:.4g}",
+            "" if share is None else f"{share:.0f}",
+            "" if peak is None else f"{peak:.0f}",
+            ", ".join(
+                f"{name} {'WRONG' if ratio is None else f'{ratio:.2f}x'}" for name, ratio in extra["speed_up"].items()
+            ),
+        )
+    report.console().print(table)

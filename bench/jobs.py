@@ -42,7 +42,7 @@ def work_off(jobs: Iterable[Job], lines: Lines, show: Callable[[str], None]) -> 
             show(job.title)
             try:
                 records = job.measure()
-            except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # a rival's library may raise anything
                 text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 records = [remark(text, **job.about, variant=variant) for variant in job.variants]
             lines.add(records)

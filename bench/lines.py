@@ -7,7 +7,7 @@ The first line says where and what was measured, every other line is one figure:
     {"kind": "figure", "subject", "shape": {"B": ...}, "name", "dtype", "device", "what", "variant", "ours",
      "backend", "mode", "ms": {"median", "q20", "q80", "samples"}, "check": {"output", "gradient", "worst", "ok"},
      "ratio", "control_difference", "noisy", "flops", "bytes", "floor_ms", "floor_by", "share", "peak_mib",
-     "axis", "at"}
+     "axis", "at", "note"}
     {"kind": "remark", "text", "subject", "shape", "dtype", "device", "what", "variant"}
 
 subject             an operator ("mix/gated"), a network ("MMoE") or, of a sweep, SWEPT
@@ -23,6 +23,7 @@ flops, bytes, floor_ms, floor_by, share
 peak_mib            MiB at the peak beyond the operands and results, of a network beyond what stays between its steps;
                     None unless measured
 axis, at            of a sweep: what varies ("experts", "tasks", "batch", "width"), and its value here; else None
+note                why something of the figure is missing; else None
 remark              why a variant has no figure there: not installed, does not fit, cannot be compiled
 
 A run that is cut off leaves whole lines, and maybe half of a last one, which `read` drops. Called again with the same
@@ -42,7 +43,7 @@ FORMAT = "mtlkernels lines 1"
 SWEPT = "expert mixture"
 FIGURE, MACHINE, REMARK = "figure", "machine", "remark"
 _DEFAULTS = dict.fromkeys(
-    ("backend", "ratio", "flops", "bytes", "floor_ms", "floor_by", "share", "peak_mib", "axis", "at")
+    ("backend", "ratio", "flops", "bytes", "floor_ms", "floor_by", "share", "peak_mib", "axis", "at", "note")
 )
 _SAME = ("gpu", "cpu", "threads", "torch")  # of the machine: what makes figures differ
 Key = tuple[str, ...]

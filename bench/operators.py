@@ -4,8 +4,8 @@
 
 Forward is without gradients, as in serving; fwd + bwd is what training pays. A time is set against ours only if output
 and gradients of both agreed with float64 in the same run. "share" is the least time that the machine's measured copy
-bandwidth and matrix products allow for the call, over ours. On a GPU the operands rotate, so that each call finds its
-own outside the L2 cache, and what can be is replayed as a CUDA graph.
+bandwidth and matrix products allow for the call, over ours. The operands rotate, so that each call finds its own
+outside the L2 cache, and on a GPU what can be is replayed as a CUDA graph.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
 from bench.shapes import SHAPES, SWEEP, tiny
-from bench.subjects import FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
+from bench.subjects import EAGER, FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
 from bench.timing import control_difference, interleaved
 
 Call = Callable[[Operands], Tensor]
@@ -48,6 +48,11 @@ def variants(subject: Subject) -> dict[str, Call]:
     """Ours on the backend that auto takes, the formula of the reference backend, and the subject's rival."""
     found = {OURS: on_backend(subject, "auto"), FORMULA: on_backend(subject, "reference")}
     return found if subject.rival is None else found | {subject.rival[0]: subject.rival[1]}
+
+
+def rivals_of(subject: Subject) -> tuple[str, ...]:
+    """Rivals that are measured where they are asked for, beside those of `variants`."""
+    return (*EAGER.get(subject.op, {}), COMPILED, AUTOTUNED)
 
 
 def can_run(subject: Subject, backend: str, operands: Operands) -> bool:
@@ -141,13 +146,14 @@ def measure(
     """One row for each of `whats`: forward, backward, or both; ValueError or TypeError where ours refuses the operands.
 
     backends: those of ours to measure as well, each where it can run, beside the one that auto takes. rivals: of
-    COMPILED and AUTOTUNED, the natural plain way under torch.compile; one that cannot be compiled is left out. memory:
-    the peak memory of all variants, or of these.
+    `rivals_of` the subject; of these COMPILED and AUTOTUNED are the natural plain way under torch.compile, and left out
+    where it cannot be compiled. memory: the peak memory of all variants, or of these.
     """
     operands, grad = prepare(subject, shape, dtype, device)
     expected = truth(subject, operands, grad, whats)
     calls = variants(subject)
     calls |= {name: on_backend(subject, name) for name in backends if can_run(subject, name, operands)}
+    calls |= {name: call for name, call in EAGER.get(subject.op, {}).items() if name in rivals}
     with torch._functorch.config.patch(donated_buffer=BACKWARD not in whats):  # else they run backward once only
         calls |= _compiled(calls, rivals, operands, grad, subject)
     checks = {name: check(call, operands, grad, expected, subject) for name, call in calls.items()}
@@ -164,7 +170,7 @@ def measure(
         times = interleaved(
             steps,
             seconds=seconds,
-            warmup_seconds=0.1 if seconds >= 1 else 0.0,
+            warmup_seconds=seconds / 10,
             min_rounds=min_rounds,
             device=device,
             control=OURS,
@@ -226,7 +232,8 @@ def build_step(
     if variant in (COMPILED, AUTOTUNED):
         call = compiled(found.rival[1] if found.rival else on_backend(found, "reference"), variant)
     else:
-        call = variants(found).get(variant) or on_backend(found, variant)
+        calls = variants(found) | EAGER.get(found.op, {})
+        call = calls.get(variant) or on_backend(found, variant)
     return step(call, copied(operands, found.leaves), found.leaves, grad, what), lambda: None
 
 

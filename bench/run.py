@@ -16,18 +16,17 @@ from typing import Any
 import torch
 
 from bench import architectures, calibrate, libraries, operators
-from bench.architectures import BATCHED, PLAIN
 from bench.contest import AUTOTUNED, COMPILED, OURS
 from bench.jobs import Job
 from bench.lines import figure, remark
 from bench.papers import ARCHITECTURES, TINY, Sizes
 from bench.shapes import network_shapes, operator_shapes, tiny
-from bench.subjects import Subject, available
+from bench.subjects import BATCHED, PLAIN, Subject, available
 from bench.tables import Table
 from bench.timing import is_noisy
 
 COMPILERS = (COMPILED, AUTOTUNED)
-RIVALS = (PLAIN, BATCHED, *COMPILERS, *libraries.LIBRARIES)  # of networks; operators have COMPILERS
+RIVALS = (PLAIN, BATCHED, *COMPILERS, *libraries.LIBRARIES)  # each of what has it
 EAGER = tuple(name for name in RIVALS if name not in COMPILERS)
 
 
@@ -57,19 +56,22 @@ def shapes_of(which: str) -> tuple[str, str | None]:
     return (which, None) if which in ("default", "papers", "all") else ("all", which)
 
 
-def operator_jobs(names: list[str], which: str, small: bool = False, **options: Any) -> Iterator[Job]:
-    """A job for each operator, shape, dtype and direction. options: of `_operator`, and dtypes and whats."""
+def operator_jobs(
+    names: list[str], which: str, rivals: tuple[str, ...], small: bool = False, **options: Any
+) -> Iterator[Job]:
+    """A job for each operator, shape, dtype and direction. rivals: beside the natural plain way, where there are."""
     dtypes, whats = options.pop("dtypes"), options.pop("whats")
     which, name = shapes_of(which)
     for subject in (subject for subject in available() if subject.name in names):
+        found = tuple(who for who in operators.rivals_of(subject) if who in rivals)
         for dtype in dtypes:
             for label, shape in named(operator_shapes(subject.name, which), name).items():
                 for what in whats:
                     shape = tiny(shape) if small else shape
                     about = {"subject": subject.name, "shape": shape, "dtype": dtype, "device": options["device"]}
                     about["what"] = what
-                    variants = (*operators.variants(subject), *options["backends"], *options["rivals"])
-                    go = functools.partial(_operator, subject, label, about, **options)
+                    variants = (*operators.variants(subject), *options["backends"], *found)
+                    go = functools.partial(_operator, subject, label, about, rivals=found, **options)
                     yield Job(f"{subject.name}, {label}, {dtype}, {what}", about, variants, go)
 
 

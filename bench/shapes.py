@@ -17,11 +17,17 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "AdaTT industrial": {**_WIDE, "N": 256},
         "MTReclib 8 x 512": {"B": 2048, "E": 8, "K": 2176, "N": 512},
         "32 tasks": {"B": 1024, "U": 32, "E": 64, "K": 256, "N": 128},
+        "keras-mmoe 8 x 4": {"B": 1024, "E": 8, "K": 499, "N": 4},
+        "DeepCTR-Torch 3 x 256": {"B": 4096, "E": 3, "K": 256, "N": 256},
+        "EasyRec 3 x 512": {"B": 4096, "E": 3, "K": 256, "N": 512},
+        "FuxiCTR 9 x 512": {"B": 128, "E": 9, "K": 640, "N": 512},
+        "deep AdaTT": {"B": 1024, "U": 5, "E": 5, "K": 2048, "N": 1024},
     },
     "mix/gated": {
         "MMoE 8 x 16": {"B": 1024, "T": 2, "E": 8, "D": 16},
         "MMoE 8 x 128": {"B": 4096, "T": 4, "E": 8, "D": 128},
         "32 tasks": {"B": 1024, "T": 32, "E": 64, "D": 128},
+        "keras-mmoe 8 x 4": {"B": 1024, "T": 2, "E": 8, "D": 4},
     },
     "mix/adatt": {
         "AdaTT Census": {"B": 4096, "T": 3, "E": 6, "D": 64},
@@ -70,6 +76,8 @@ NETWORKS: dict[str, dict[str, int]] = {
     "MMoE 8 x 16": {"B": 1024, "K": 100, "N": 16, "D": 8, "T": 2},
     "PLE EasyRec": {"B": 2048, "K": 256, "N": 256, "D": 64, "T": 4, "m": 3, "s": 3},
     "MTReclib": {"B": 2048, "K": 2176, "N": 512, "D": 256, "T": 2},
+    "MMLRec": {"B": 4096, "K": 128, "N": 128, "D": 128, "T": 2, "E": 4, "m": 3, "s": 2},
+    "DeepCTR-Torch": {"B": 4096, "K": 256, "N": 256, "D": 128, "T": 2, "E": 3},
     "FuxiCTR": {"B": 128, "K": 640, "N": 256, "D": 128, "T": 2, "m": 1, "s": 8, "E": 8},
     "32 tasks": {"B": 1024, "T": 32, "m": 2, "E": 64},
 }
@@ -86,7 +94,8 @@ def odd(shape: dict[str, int]) -> dict[str, int]:
 def tiny(shape: dict[str, int]) -> dict[str, int]:
     """A shape of the same kind in which nothing takes time: for dry runs and tests."""
     least = {"B": 24, "K": 12, "N": 8, "D": 8, "I": 2, "J": 3, "P": 2, "U": 2, "T": 2, "E": 6, "channels": 1}
-    return {name: min(size, least[name]) for name, size in shape.items()}
+    found = {name: min(size, least[name]) for name, size in shape.items()}
+    return found | ({"E": found["E"] // found["U"] * found["U"]} if "U" in found else {})
 
 
 def operator_shapes(name: str, which: str = "default") -> dict[str, dict[str, int]]:

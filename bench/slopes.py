@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from bench.timing import NOISE_LIMIT
 
 FROM = {"experts": 32}  # below, what a call costs before any arithmetic bends the line
+FLAT = {"experts": (8, 512)}  # where a cost for each should be the same
 RESOLVED = 1.0  # MiB: a resident size moves by some pages, so that less counts as this
 
 
@@ -22,6 +23,19 @@ class Growth(NamedTuple):
     time: float | None
     memory: float | None
     peak_ratio: float | None
+
+
+class Each(NamedTuple):
+    """Milliseconds for each of what is swept, between the points `start` and `end`; spread: largest / smallest - 1."""
+
+    axis: str
+    what: str
+    variant: str
+    start: int
+    end: int
+    first: float
+    last: float
+    spread: float
 
 
 class Crossover(NamedTuple):
@@ -47,7 +61,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 def curves(figures: Iterable[dict[str, Any]], field: str) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
     """(axis, what) -> variant -> at -> milliseconds ("ms") or MiB ("peak_mib"), in the order of at.
 
-    Only of figures whose check is green.
+    Only of figures whose check is green; they are all of one dtype.
     """
     found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for entry in sorted((e for e in figures if e["axis"] is not None), key=lambda e: e["at"]):
@@ -71,6 +85,20 @@ def growth(figures: list[dict[str, Any]]) -> list[Growth]:
             ratio = max(peaks.values()) / min(peaks.values()) if len(peaks) > 1 else None
             slopes = slope(upper), slope(list(peaks.items()))
             found.append(Growth(axis, what, variant, start, ats[-1], *slopes, ratio))
+    return found
+
+
+def each(figures: list[dict[str, Any]]) -> list[Each]:
+    """The cost for each of what is swept, of the axes that have a range where it should be flat."""
+    found = []
+    for (axis, what), variants in curves(figures, "ms").items():
+        low, high = FLAT.get(axis, (1, 0))
+        for variant, times in variants.items():
+            costs = {at: ms / at for at, ms in times.items() if low <= at <= high}
+            if len(costs) > 1:
+                (start, first), *_, (end, last) = costs.items()
+                spread = max(costs.values()) / min(costs.values()) - 1
+                found.append(Each(axis, what, variant, start, end, first, last, spread))
     return found
 
 

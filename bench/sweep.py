@@ -20,7 +20,7 @@ from bench import slopes, swept
 from bench.cost import floor, watched
 from bench.graphs import captured
 from bench.jobs import Job
-from bench.lines import SWEPT, figure, remark
+from bench.lines import FIGURE, SWEPT, figure, remark
 from bench.memory import peak_memory
 from bench.tables import Table
 from bench.timing import control_difference, interleaved, is_noisy
@@ -117,7 +117,7 @@ def measure(
     steps, modes = {}, {}
     for variant, contender in contenders.items():
         steps[variant], modes[variant] = captured([contender.work(what)], device)
-    timing = {"seconds": seconds, "warmup_seconds": 0.1 if seconds >= 1 else 0.0, "min_rounds": min_rounds}
+    timing = {"seconds": seconds, "warmup_seconds": seconds / 10, "min_rounds": min_rounds}
     times = interleaved(steps, **timing, device=device, control=ours, hide_launch=True)
     difference = control_difference(times, ours)
     for variant, contender in contenders.items():
@@ -135,8 +135,11 @@ def measure(
         found.append(figure(**fields))
     del contenders, steps, numbers, expected, contender  # before another process needs the room
     for entry in found if memory else ():
-        if entry["kind"] == "figure":
-            entry["peak_mib"] = weigh(entry)
+        if entry["kind"] == FIGURE:
+            try:
+                entry["peak_mib"] = weigh(entry)
+            except RuntimeError as error:  # its process was killed, or took too long: the time is measured all the same
+                entry["note"] = f"no peak memory: {str(error).splitlines()[-1]}"
     return found
 
 
@@ -191,15 +194,25 @@ def _mib(peak: float | None) -> str:
 
 
 def growth_table(figures: list[dict[str, Any]]) -> Table:
-    """The slopes in log-log."""
+    """The slopes in log-log, of figures of one dtype."""
     caption = "peak: largest / smallest MiB, of at least 1"
-    found = Table(title="slopes in log-log: 1 grows as what is swept, 0 stays", caption=caption)
+    title = f"{figures[0]['dtype']}, slopes in log-log: 1 grows as what is swept, 0 stays"
+    found = Table(title=title, caption=caption)
     for head in ("axis", "what", "variant", "from", "time", "memory", "peak"):
         found.add_column(head, justify="right" if head in ("from", "time", "memory", "peak") else "left")
     for g in slopes.growth(figures):
         numbers = ["" if n is None else f"{n:.2f}" for n in (g.time, g.memory, g.peak_ratio)]
         found.add_row(g.axis, g.what, g.variant, str(g.start), *numbers)
     return found
+
+
+def each_lines(figures: list[dict[str, Any]]) -> list[str]:
+    """What one of the swept costs, and how far from flat that is; a sentence a variant."""
+    return [
+        f"{e.what}, {e.variant}: one of the {e.axis} costs {e.first * 1e3:.3g} us at {e.start}, "
+        f"{e.last * 1e3:.3g} us at {e.end}; within {e.spread:.0%} all along"
+        for e in slopes.each(figures)
+    ]
 
 
 def crossover_lines(figures: list[dict[str, Any]]) -> list[str]:

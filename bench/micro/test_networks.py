@@ -30,8 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_network(name: str, sizes: Sizes, dtype: str, what: str, settings: Settings, benchmark: Any) -> None:
     torch_dtype, device = getattr(torch, dtype), settings.device
-    row = architectures.measure(name, sizes, dtype=torch_dtype, what=what, **settings.options(what))
+    row = architectures.measure(name, sizes, dtype=torch_dtype, what=what, **settings.options())
     settings.note(benchmark, row, row["peak_mib"], "clock" if device == "cpu" else "events")
     call = architectures.contestants(name, sizes, torch_dtype, device)[OURS].work(what)
     benchmark.group = name
-    benchmark(settings.awaited(call))
+    settings.time(benchmark, call)

@@ -33,11 +33,11 @@ def test_operator(
     subject: Subject, shape: dict[str, int], dtype: str, what: str, settings: Settings, benchmark: Any
 ) -> None:
     torch_dtype, device = getattr(torch, dtype), settings.device
-    (row,) = operators.measure(subject, shape, dtype=torch_dtype, whats=(what,), **settings.options(what))
+    (row,) = operators.measure(subject, shape, dtype=torch_dtype, whats=(what,), **settings.options())
     settings.note(benchmark, row, row["beyond_mib"], row["mode"][OURS])
     operands, grad = operators.prepare(subject, shape, torch_dtype, device)
     call = operators.variants(subject)[OURS]
     sets = [operators.copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     steps = [operators.step(call, own, subject.leaves, grad, what) for own in sets]
     benchmark.group = subject.name
-    benchmark(settings.awaited(captured(steps, device)[0]))
+    settings.time(benchmark, captured(steps, device)[0])

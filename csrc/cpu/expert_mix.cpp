@@ -9,10 +9,10 @@ namespace mtl {
 
 namespace {
 
-// Outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
-constexpr int64_t kSetColumns = 1024;
+// Most outputs of a set of experts, in numbers: several experts, so that sums over tasks are loaded and stored seldom.
+constexpr int64_t kSetColumns = 4096;
 // Sums of a block of rows, which stay in L2 from one set to the next.
-constexpr int64_t kBlockNumbers = int64_t{1} << 15;
+constexpr int64_t kBlockNumbers = int64_t{1} << 16;
 // Packed weights of a phase. One huge page; a share of the last-level cache, which every row block reads them from.
 constexpr int64_t kPhaseBytes = int64_t{2} << 20;
 // Sums of 16 bit outputs over several phases.

@@ -58,7 +58,7 @@ struct ExpertMixCall {
   void normalise(Tensor* lse);
 };
 
-// set_columns: about how many outputs of experts (their number times D) a set holds.
+// set_columns: how many outputs of experts (their number times D) a set holds at most.
 ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                  const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
                                  const OptionalTensor& columns,

@@ -7,6 +7,8 @@ namespace {
 
 // Batch rows whose softmax a task prepares.
 constexpr int64_t kRows = 64;
+// Outputs of a set of experts beyond which only the sums over many tasks gain.
+constexpr int64_t kEnoughColumns = 2048;
 
 int64_t rows_of_call(const OptionalTensor& logits, const OptionalTensor& fixed, const OptionalTensor& mask,
                      const OptionalTensor& columns) {
@@ -215,7 +217,10 @@ ExpertMixCall prepare_expert_mix(const Tensor& x, const Tensor& weight, const Op
     call.gates.fixed = call.fixed.const_data_ptr();
   }
   STD_TORCH_CHECK(logits || fixed, "give logits, static, or both");
-  cut_into_sets(call, table_of(call, mask, columns), counts_of(call, experts_per_unit), !mask && !columns, set_columns);
+  // Wider sets repay their scratch only where a row's sums over tasks are many.
+  const int64_t enough = std::max(kEnoughColumns, 4 * call.tasks * call.width);
+  cut_into_sets(call, table_of(call, mask, columns), counts_of(call, experts_per_unit), !mask && !columns,
+                std::min(set_columns, enough));
   return call;
 }
 

@@ -151,7 +151,7 @@ def test_compiled_rivals_of_an_operator_stand_beside(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, **options: seen.append(options["options"]) or network)
     monkeypatch.setattr(operators, "watched", lambda call: ("native", None))
     options = {"dtypes": ("float32",), "whats": (BOTH,), "small": True, "device": "cpu", "backends": ()}
-    options |= {"seconds": 0.0, "min_rounds": 1, "rivals": (COMPILED, AUTOTUNED)}
-    (job,) = run.operator_jobs(["mix/gated"], "default", **options)
+    options |= {"seconds": 0.0, "min_rounds": 1}
+    (job,) = run.operator_jobs(["mix/gated"], "default", (COMPILED, AUTOTUNED), **options)
     assert {e["variant"] for e in job.measure()} == set(job.variants) > {COMPILED, AUTOTUNED}
     assert [entry.get("max_autotune", False) for entry in seen] == [False, True]

@@ -31,14 +31,16 @@ def test_a_plain_pytest_leaves_them_alone():
 def test_a_regression_fails_the_command(tmp_path):
     """Against a run whose times are a hundredth of what they were."""
     storage = ["--benchmark-storage", f"file://{tmp_path}"]
-    pytest_in("bench/", *ONE, *storage, "--benchmark-save", "first", "--no-peak")
+    printed = pytest_in("bench/", *ONE, *storage, "--benchmark-save", "first").stdout
+    assert "ours and its rivals in turn" in printed and "plain formula" in printed.rpartition("rivals in turn")[2]
     (saved,) = tmp_path.rglob("*_first.json")
     found = json.loads(saved.read_text())
     (one,) = found["benchmarks"]
     extra = one["extra_info"]
-    assert extra["flops"] > 0 < extra["bytes"] and 0 < extra["share"] < 1 and extra["mode"] == "clock"
+    assert extra["flops"] > 0 < extra["bytes"] and 0 < extra["percent_of_ceiling"] < 100 and extra["mode"] == "clock"
     assert set(extra["speed_up"]) == {"plain formula"} and extra["speed_up"]["plain formula"] > 0
     assert set(extra["ms"]) == {"ours", "plain formula"} and extra["noisy"] in (True, False)
+    assert extra["peak_mib"] is None or extra["peak_mib"] >= 0
     for name in ("min", "max", "mean", "median", "q1", "q3"):
         one["stats"][name] /= 100
     saved.write_text(json.dumps(found))

@@ -93,6 +93,15 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     assert {entry["kind"] for entry in found} == {"remark"} and len(found) == 3
 
 
+def test_memory_that_cannot_be_had_leaves_the_time(monkeypatch):
+    def killed(*words, **options):
+        raise RuntimeError("the measuring process failed:\nKilled")
+
+    monkeypatch.setattr(sweep, "peak_memory", killed)
+    for entry in sweep.measure(about(), {"name": "n", "axis": "a", "at": 1}, swept.VARIANTS, seconds=0.0, min_rounds=1):
+        assert entry["ms"]["median"] > 0 and entry["peak_mib"] is None and entry["note"] == "no peak memory: Killed"
+
+
 def test_what_cannot_be_compiled_is_left_out(monkeypatch):
     def broken(network, name):
         raise RuntimeError("no compiler\nat all")
@@ -139,6 +148,17 @@ def test_slopes_are_of_the_upper_points():
     assert found.start == 2 and found.time == pytest.approx(0) and found.memory is None
     (found,) = slopes.growth([figure("a", 32, 1.0, 0.0), figure("a", 64, 1.0, 0.7)])
     assert found.memory == 0 and found.peak_ratio == 1  # within what a resident size resolves
+
+
+def test_what_one_costs():
+    figures = [figure("a", at, at * (2.0 if at == 64 else 1.6)) for at in (4, 8, 64, 512, 1024)]
+    (found,) = slopes.each(figures)
+    assert (found.start, found.end) == (8, 512) and (found.first, found.last) == pytest.approx((1.6, 1.6))
+    assert found.spread == pytest.approx(0.25)
+    assert sweep.each_lines(figures) == [
+        "forward, a: one of the experts costs 1.6e+03 us at 8, 1.6e+03 us at 512; within 25% all along"
+    ]
+    assert slopes.each([figure("a", at, 1.0, axis="tasks") for at in (8, 64)]) == []
 
 
 def test_a_slope_needs_two_points_that_are_green():
