@@ -23,7 +23,7 @@ def call(*words):
 
 def test_every_program_is_a_command():
     printed = call("--help").output
-    assert all(f"\n  {name} " in printed for name in ("run", "sweep", *programs()))
+    assert all(f"\n  {name} " in printed for name in ("run", "sweep", "profile", "plan", "pictures", *programs()))
     assert set(programs()) >= {
         "step",
         "operators",
