@@ -1,7 +1,10 @@
-"""python -m bench NAME ...: the same as python -m bench.NAME ..., and without a name, what there is."""
+"""python -m bench NAME ...: what there is to measure with, under one name.
+
+`run` and `sweep` are in `bench.cli`; every other module with a main() is a command too, and takes its own words. Where
+typer is not installed, as on a bare machine with a GPU, these others still are.
+"""
 
 import ast
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -17,16 +20,28 @@ def programs() -> dict[str, str]:
     return found
 
 
+def pass_on(name: str, words: list[str]) -> None:
+    """Runs the module bench.<name> with these words, as python -m would."""
+    sys.argv[1:] = words
+    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+
+
 def main() -> int:
-    """Runs the module of that name; 2 where there is none."""
-    if len(sys.argv) > 1 and importlib.util.find_spec(f"bench.{sys.argv[1]}") is not None:
-        name = sys.argv.pop(1)
-        runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    """Runs what is named; 2 where there is none."""
+    if len(sys.argv) > 1 and sys.argv[1] in programs():
+        pass_on(sys.argv[1], sys.argv[2:])
         return 0
-    print("python -m bench NAME ..., one of")
-    for name, what in programs().items():
-        print(f"  {name:<14} {what}")
-    return 2
+    try:
+        from bench.cli import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"run and sweep need {error.name}. python -m bench NAME ..., one of")
+        for name, what in programs().items():
+            print(f"  {name:<14} {what}")
+        return 2
+    app(prog_name="python -m bench")
+    return 0
 
 
 if __name__ == "__main__":

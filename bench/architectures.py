@@ -22,17 +22,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import calibrate, contest, record, report
-from bench.contest import COMPILED, OURS, Contestant
+from bench import calibrate, contest, libraries, record, report
+from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, OURS, Contestant
+from bench.cost import all_flops, floor, watched
+from bench.libraries import LIBRARIES
+from bench.memory import peak_memory
 from bench.papers import ARCHITECTURES, TINY, Sizes, about
+from bench.rivals import Batched, levels_of, value
+from bench.subjects import BATCHED, PLAIN
 from bench.timing import AGAIN, control_difference, interleaved
 
-PLAIN = "plain"
 SEED = 1  # of what is drawn in the step that is checked
 
 
-def contestants(name: str, sizes: Sizes, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Contestant]:
-    """Ours and its rivals, with equal weights and data."""
+def rivals_of(name: str) -> tuple[str, ...]:
+    """Every rival there is of an architecture; a library may be missing here (`bench.libraries.missing`)."""
+    more = {"MMoE": (BATCHED, *LIBRARIES), "AdaTT-sp": (BATCHED,)}
+    return (PLAIN, COMPILED, AUTOTUNED, *more.get(name, ()))
+
+
+def contestants(
+    name: str, sizes: Sizes, dtype: torch.dtype, device: str, rivals: tuple[str, ...] = ()
+) -> dict[str, Contestant]:
+    """Ours, the plain network and these `rivals` of it, with equal weights and data.
+
+    Raises ValueError for a rival that the architecture does not have.
+    """
+    if unknown := set(rivals) - set(rivals_of(name)):
+        raise ValueError(f"rivals: got {', '.join(sorted(unknown))}, expected some of {', '.join(rivals_of(name))}")
     found = ARCHITECTURES[name]
     torch.manual_seed(0)
     ours = found.make(sizes)
@@ -49,12 +66,16 @@ def contestants(name: str, sizes: Sizes, dtype: torch.dtype, device: str, compil
     exact = copy.deepcopy(rival).double()
     x, grad = away_from_kinks(lambda x: exact(x.double(), *extras), x, grad)
     calls = {OURS: (ours, lambda x: run(ours, x, *extras)), PLAIN: (rival, lambda x: rival(x, *extras))}
-    if compiled:
-        torch._dynamo.reset()
-        fast_network = copy.deepcopy(rival)
-        # What is drawn must be what eager mode draws, or the check would compare two structures.
-        fast = torch.compile(fast_network, dynamic=False, options={"fallback_random": True})
-        calls[COMPILED] = (fast_network, lambda x: fast(x, *extras))
+    torch._dynamo.reset()
+    for who in rivals:
+        if who in (COMPILED, AUTOTUNED):
+            network = copy.deepcopy(rival)
+            fast = contest.compiled(network, who)
+            calls[who] = (network, lambda x, fast=fast: fast(x, *extras))
+        elif who != PLAIN:
+            levels = levels_of(ours, value)
+            network = Batched(levels) if who == BATCHED else libraries.build(who, levels[0])
+            calls[who] = (network, network)
     return {who: Contestant(network, call, x.clone().requires_grad_(), grad) for who, (network, call) in calls.items()}
 
 
@@ -97,7 +118,7 @@ def results(contestant: Contestant) -> dict[str, Tensor]:
     """Output and gradients of a step. Those of the parameters are sorted: no two networks lay them out alike."""
     torch.manual_seed(SEED)
     out = contestant.step().detach()
-    gradients = [p.grad.flatten() for p in contestant.network.parameters()]
+    gradients = [p.grad.flatten() for p in contestant.network.parameters() if p.requires_grad]
     found = {"output": out, "x": contestant.x.grad, "parameters": torch.cat(gradients).double().sort().values}
     contestant.release()
     return found
@@ -119,38 +140,69 @@ def measure(
     device: str = "cpu",
     seconds: float = 8.0,
     min_rounds: int = 5,
-    compiled: bool = False,
+    rivals: tuple[str, ...] = (),
+    what: str = BOTH,
+    ceilings: list[dict[str, Any]] | None = None,
+    memory: bool | tuple[str, ...] = False,
 ) -> dict[str, Any]:
-    """Checks and times one architecture: {architecture, dtype, ms, ratio, check, first_step_s, parameters, ...}.
+    """Checks and times one architecture: {architecture, dtype, what, ms, ratio, check, first_step_s, parameters, ...}.
 
-    A ratio is a rival's time over ours, None unless both checks are green.
+    A ratio is a rival's time over ours, None unless both checks are green, of output and gradients whatever `what` is.
+    flops and bytes are those of ours; of the bytes, those of our operators alone, which do nearly all there is.
     """
-    found = contestants(name, sizes, dtype, device, compiled)
-    expected = truth(name, sizes, found[PLAIN])
-    first = contest.first_steps(found, name)
-    checks = {who: contest.compare(results(contestant), expected, dtype) for who, contestant in found.items()}
-    times = interleaved(
-        {who: contestant.step for who, contestant in found.items()},
-        seconds=seconds,
-        warmup_seconds=0.0,
-        min_rounds=min_rounds,
-        device=device,
-        control=OURS,
-    )
+    with torch._functorch.config.patch(donated_buffer=what != BACKWARD):  # else Inductor's backward runs once only
+        found = contestants(name, sizes, dtype, device, rivals)
+        expected = truth(name, sizes, found[PLAIN])
+        first = contest.first_steps(found, name)
+        checks = {who: contest.compare(results(contestant), expected, dtype) for who, contestant in found.items()}
+        steps = {who: contestant.work(what) for who, contestant in found.items()}
+        timing = {"seconds": seconds, "warmup_seconds": seconds / 10, "min_rounds": min_rounds, "device": device}
+        times = interleaved(steps, **timing, control=OURS)
+    chosen, spent = watched(steps[OURS])
+    spent = spent and spent._replace(flops=all_flops(steps[OURS]))
+    least = None if ceilings is None else floor(spent, *calibrate.rates(ceilings, dtype))
     counts = {who: sum(p.numel() for p in found[who].network.parameters()) for who in (OURS, PLAIN)}
     green = {who: checks[who].ok and checks[OURS].ok for who in found}
+    weighed = [who for who in found if memory is True or who in (memory or ())]
+    label = {"name": name, "sizes": asdict(sizes), "dtype": str(dtype).removeprefix("torch."), "device": device}
     return {
         "architecture": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": label["dtype"],
         "device": device,
-        "sizes": asdict(sizes),
+        "sizes": label["sizes"],
+        "what": what,
+        "backend": chosen,
         "ms": {who: timing.as_ms() for who, timing in times.items() if not who.endswith(AGAIN)},
         "ratio": {w: times[w].median / times[OURS].median if green[w] else None for w in found if w != OURS},
         "check": {who: asdict(check) for who, check in checks.items()},
         "first_step_s": first,
         "control_difference": control_difference(times, OURS),
         "parameters": counts | {"formula": ARCHITECTURES[name].count(sizes)},
+        "flops": spent and spent.flops,
+        "bytes": spent and spent.bytes,
+        "floor_ms": least and least.ms,
+        "floor_by": least and least.by,
+        "share": least and least.ms / (times[OURS].median * 1e3),
+        "peak_mib": {who: step_memory(label, who, what) for who in weighed} if weighed else None,
     }
+
+
+def step_memory(label: dict[str, Any], who: str, what: str) -> float | None:
+    """MiB at the peak of one call, above what stays between calls. label: name, sizes, dtype and device."""
+    words = label | {"who": who, "what": what}
+    return peak_memory("bench.architectures:build_step", words, device=label["device"], timeout=600)
+
+
+def build_step(
+    name: str, sizes: dict[str, int], dtype: str, device: str, who: str, what: str
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """A step and its release, for `bench.memory`."""
+    rivals = () if who in (OURS, PLAIN) else (who,)
+    with torch._functorch.config.patch(donated_buffer=what != BACKWARD):
+        found = contestants(name, Sizes(**sizes), getattr(torch, dtype), device, rivals)[who]
+        work = found.work(what)
+        work()
+    return work, found.release
 
 
 def main() -> int:
@@ -169,7 +221,11 @@ def main() -> int:
     if unknown := sorted(set(names) - set(ARCHITECTURES)):
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
     console, began = report.console(), time.perf_counter()
-    options = {"device": args.device, "compiled": args.compile, "sizes": TINY if args.small else Sizes()}
+    options = {
+        "device": args.device,
+        "rivals": (COMPILED,) if args.compile else (),
+        "sizes": TINY if args.small else Sizes(),
+    }
     options |= {"seconds": 0.0 if args.small else 1.0 if args.quick else 8.0}
     options |= {"min_rounds": 2 if args.small or args.quick else 5}
     result: dict[str, Any] = {"machine": calibrate.machine(), "quick": args.quick, **record.sources(), "rows": []}

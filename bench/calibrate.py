@@ -187,22 +187,25 @@ def _in_tf32(measure: Callable[[], Any]) -> Any:
         products.fp32_precision = before
 
 
-def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest product in the row of as many threads as torch uses now.
+def best_rate(rows: list[dict[str, Any]], dtype: torch.dtype, threads: int | None = None) -> float:
+    """GFLOP/s of the fastest product in the row of `threads`, by default as many as torch uses now.
 
     A 16-bit product may as well be computed in float32, and is faster so where the processor has no 16-bit arithmetic.
     """
-    row = next(row for row in rows if row["threads"] == torch.get_num_threads())
+    row = _row(rows, threads)
     wanted = (
         {str(dtype).removeprefix("torch."), "float32"} if dtype.itemsize == 2 else {str(dtype).removeprefix("torch.")}
     )
     return max(rates[0]["gflops"] for name, rates in row["gemm"].items() if name in wanted)
 
 
-def rates(rows: list[dict[str, Any]], dtype: torch.dtype) -> tuple[float, float]:
-    """GFLOP/s as `best_rate`, and GB/s of a copy, with as many threads as torch uses now."""
-    row = next(row for row in rows if row["threads"] == torch.get_num_threads())
-    return best_rate(rows, dtype), row["copy_gb_s"]
+def rates(rows: list[dict[str, Any]], dtype: torch.dtype, threads: int | None = None) -> tuple[float, float]:
+    """GFLOP/s as `best_rate`, and GB/s of a copy."""
+    return best_rate(rows, dtype, threads), _row(rows, threads)["copy_gb_s"]
+
+
+def _row(rows: list[dict[str, Any]], threads: int | None) -> dict[str, Any]:
+    return next(row for row in rows if row["threads"] == (threads or torch.get_num_threads()))
 
 
 def main() -> None:

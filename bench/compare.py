@@ -1,9 +1,11 @@
-"""What changed between two results files.
+"""What changed between two results files, or two files of lines.
 
-    python -m bench.compare A B [--all]
+    python -m bench.compare A B [--all] [--fail [PERCENT]]
 
 Shown are the figures whose 20 to 80 % ranges do not overlap and whose medians differ by more than the noise limit (with
---all every figure), the parts that ended differently, and the tests that began or ceased to fail.
+--all every figure), the parts that ended differently, and the tests that began or ceased to fail. With --fail the exit
+status is 1 where a figure of ours became worse by more than 10 %, or a check is no longer green: a gate for
+regressions. Two runs of the same sources on a quiet machine differed by 6 %, though ours timed twice in each by 1 %.
 """
 
 import argparse
@@ -13,26 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import record, report
+from bench import lines, record, report
+from bench.contest import OURS
 from bench.tables import Table
 from bench.timing import NOISE_LIMIT
+from mtlkernels.backend import BACKENDS
+
+_PAGES = 1.0  # MiB
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number with its range; rate: more is better, as with GB/s."""
+    """One measured number with its range. rate: more is better, as with GB/s; ours: and not a rival's, or a ceiling."""
 
     value: float
     low: float
     high: float
     unit: str
     rate: bool = False
+    ours: bool = True
 
 
 def figures(results: dict[str, Any]) -> dict[str, Figure]:
     """Every figure of a results file under a name that the same figure has in another file."""
     found: dict[str, Figure] = {}
-    for part, read in (("ceilings", _ceilings), ("operators", _operators), ("step", _steps), ("tune", _tiles)):
+    for part, read in (
+        ("ceilings", _ceilings),
+        ("operators", _operators),
+        ("step", _steps),
+        ("tune", _tiles),
+        ("lines", _lines),
+    ):
         measured = results["parts"].get(part, {}).get("result")
         if isinstance(measured, dict):
             found |= {f"{part}: {name}": figure for name, figure in read(measured)}
@@ -54,10 +67,10 @@ def _operators(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         sizes = " ".join(f"{key}={size}" for key, size in row["shape"].items())
         for variant, ms in row["ms"].items():
             label = f"{name}, {sizes}, {row['dtype']}, {row['what']}, {variant}"
-            yield label, _time(ms)
+            yield label, _time(ms, variant in (OURS, *BACKENDS))
             beyond = (row["beyond_mib"] or {}).get(variant)
             if beyond is not None:
-                yield f"{label}, memory", Figure(beyond, beyond, beyond, "MiB")
+                yield f"{label}, memory", Figure(beyond, beyond, beyond, "MiB", ours=variant == OURS)
 
 
 def _steps(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
@@ -65,11 +78,11 @@ def _steps(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         task = record_["task"]
         label = f"{task['network']}, {task['tasks']} x {task['experts_per_task']}, B={task['batch']}, {task['dtype']}"
         for row in record_["rows"]:
-            yield f"{label}, {row['variant']}", _time(row["ms"])
+            yield f"{label}, {row['variant']}", _time(row["ms"], row["variant"] == OURS)
     for row in measured.get("mix", []):
         label = f"{row['mix']}, T={row['tasks']}, E={row['experts']}, {row['dtype']}, {row['what']}"
         for variant, ms in row["ms"].items():
-            yield f"{label}, {variant}", _time(ms)
+            yield f"{label}, {variant}", _time(ms, variant == OURS)
 
 
 def _tiles(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
@@ -80,12 +93,22 @@ def _tiles(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
                 yield f"{row['kernel']}, {row['shape_name']}, {row['dtype']}, {name} tile", _time(tried["ms"])
 
 
-def _time(ms: dict[str, float]) -> Figure:
-    return Figure(ms["median"], ms["q20"], ms["q80"], "ms")
+def _lines(measured: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    for entry in measured["figures"]:
+        sizes = " ".join(f"{key}={size}" for key, size in entry["shape"].items())
+        label = f"{entry['subject']}, {sizes}, {entry['dtype']}, {entry['what']}, {entry['variant']}"
+        yield label, _time(entry["ms"], entry["ours"])
+        if (peak := entry["peak_mib"]) is not None:
+            # The resident size that it comes from moves by some pages, and by blocks that malloc maps anew.
+            yield f"{label}, memory", Figure(peak, peak - _PAGES, peak + _PAGES, "MiB", ours=entry["ours"])
+
+
+def _time(ms: dict[str, float], ours: bool = True) -> Figure:
+    return Figure(ms["median"], ms["q20"], ms["q80"], "ms", ours=ours)
 
 
 def _rate(value: float, unit: str) -> Figure:
-    return Figure(value, value, value, unit, rate=True)
+    return Figure(value, value, value, unit, rate=True, ours=False)
 
 
 def changed(before: Figure, after: Figure) -> bool:
@@ -93,6 +116,40 @@ def changed(before: Figure, after: Figure) -> bool:
     apart = before.high < after.low or after.high < before.low
     smaller = min(abs(before.value), abs(after.value))
     return apart and abs(after.value - before.value) > NOISE_LIMIT * smaller
+
+
+def worse(first: dict[str, Any], second: dict[str, Any], limit: float = 0.1) -> list[str]:
+    """The figures of ours that became worse by more than `limit`, and the tests and checks that fail and did not."""
+    before, after = figures(first), figures(second)
+    common = [name for name in before if name in after and before[name].ours and changed(before[name], after[name])]
+    found = [name for name in common if _cost(after[name]) > (1 + limit) * _cost(before[name])]
+    return found + [name for name in failing(second) if name not in failing(first)]
+
+
+def _cost(figure: Figure) -> float:
+    """What is better when it is smaller."""
+    return 1 / figure.value if figure.rate and figure.value else figure.value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file, or a file of lines as if it were one of the part "lines".
+
+    Raises ResultsFileError where it is neither, FileNotFoundError where there is none.
+    """
+    if not lines.is_lines(path):
+        return record.read(path)
+    head, *rest = lines.read(path)
+    found = lines.figures(rest)
+    bad = {}
+    for name, entry in zip(_names(found), found, strict=True):
+        if not entry["check"]["ok"]:
+            bad[name] = f"off by {entry['check']['output']:.0e}, {entry['check']['gradient']:.0e}"
+    part = {"status": "passed", "sources": head["sources"], "result": {"figures": found, "bad": bad}}
+    return {"format": record.FORMAT, "machine": head["machine"], "parts": {"lines": part}}
+
+
+def _names(found: list[dict[str, Any]]) -> list[str]:
+    return [", ".join(lines.key(entry)) for entry in found]
 
 
 def failing(results: dict[str, Any]) -> dict[str, str]:
@@ -143,14 +200,22 @@ def remarks(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the comparison; 2 where a file is none."""
+    """Prints the comparison; 2 where a file is none, and with --fail 1 where ours became worse."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "--fail",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="PERCENT",
+        help="exit status 1 where ours got so much worse",
+    )
     parser.add_argument("--all", action="store_true", help="the figures that did not change, too")
     args = parser.parse_args(arguments)
     try:
-        first, second = record.read(args.before), record.read(args.after)
+        first, second = read(args.before), read(args.after)
     except (record.ResultsFileError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -158,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in remarks(first, second):
         console.print(line, markup=False, highlight=False)
     console.print(figure_table(first, second, args.all))
-    return 0
+    return 1 if args.fail is not None and worse(first, second, args.fail / 100) else 0
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from bench.rivals import Batched, Level, PerExpert, Take, gradient, levels_of, v
 from python_models import AdaTT, MMoE
 
 OURS = "ours"
-COMPILED = "torch.compile"
+COMPILED, AUTOTUNED = "torch.compile", "torch.compile, max-autotune"
 VARIANTS = (OURS, "slices", "unbind", "batched", COMPILED)
+FORWARD, BACKWARD, BOTH = "forward", "backward", "fwd + bwd"  # forward: without gradients, as in serving
 
 # Largest relative L2 error against float64, of the output and of a gradient. A gradient's is larger by nature: where
 # rounding moves a pre-activation across zero, a whole ReLU gradient is there or not.
@@ -66,6 +67,12 @@ class Task:
         return 3 * 2 * self.batch * (experts + gates)
 
 
+def compiled(network: nn.Module | Callable[..., Tensor], variant: str) -> Callable[..., Tensor]:
+    """The network under torch.compile, as the variant's name says; what it draws is what eager mode draws."""
+    options = torch._inductor.list_mode_options("max-autotune") if variant == AUTOTUNED else {}
+    return torch.compile(network, dynamic=False, options=options | {"fallback_random": True})
+
+
 @dataclass(frozen=True)
 class Check:
     """A variant's largest relative L2 errors against float64, and whether they lie within the dtype's limits."""
@@ -77,7 +84,11 @@ class Check:
 
 
 class Contestant:
-    """A network and the data of its step: ``step()`` runs forward and backward, ``release()`` drops the gradients."""
+    """A network and the data of its step: ``step()`` runs forward and backward, ``release()`` drops the gradients.
+
+    ``work(what)`` is what is timed: the step, a forward pass without gradients, or a backward pass again and again over
+    one forward.
+    """
 
     def __init__(self, network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> None:
         self.network, self.call, self.x, self.grad = network, call, x, grad
@@ -93,6 +104,16 @@ class Contestant:
         out = self.call(self.x)
         out.backward(self.grad)
         return out
+
+    def work(self, what: str) -> Callable[[], Any]:
+        """A call of forward, backward, or both."""
+        if what == BOTH:
+            return self.step
+        if what == FORWARD:
+            return torch.no_grad()(lambda: self.call(self.x))
+        out = self.call(self.x)
+        leaves = [self.x, *(p for p in self.network.parameters() if p.requires_grad)]
+        return lambda: torch.autograd.grad(out, leaves, self.grad, retain_graph=True)
 
     def levels(self, take: Take) -> list[Level]:
         """The parameters, or their gradients, in the common layout."""
@@ -128,15 +149,15 @@ def build(variant: str, task: Task, levels: list[Level] | None = None) -> Contes
     if variant == OURS:
         network = build_ours(task)
         return Contestant(network, network, x, grad)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: got {variant!r}, expected one of {VARIANTS}")
+    if variant not in (*VARIANTS, AUTOTUNED):
+        raise ValueError(f"variant: got {variant!r}, expected one of {(*VARIANTS, AUTOTUNED)}")
     levels = levels if levels is not None else levels_of(build_ours(task), value)
     if variant == "batched":
         network = Batched(levels)
         return Contestant(network, network, x, grad)
     inputs = "shared" if task.network == "MMoE" else "slices" if variant == "slices" else "unbind"
     network = PerExpert(levels, inputs)
-    return Contestant(network, torch.compile(network, dynamic=False) if variant == COMPILED else network, x, grad)
+    return Contestant(network, compiled(network, variant) if variant in (COMPILED, AUTOTUNED) else network, x, grad)
 
 
 def build_step(variant: str, **task: Any) -> tuple[Callable[[], Any], Callable[[], None]]:
@@ -226,9 +247,9 @@ def first_steps(contestants: dict[str, Contestant], what: object) -> dict[str, f
         try:
             contestant.step()
         except Exception as error:  # no C++ compiler, a Python it does not know: whatever keeps Inductor from working
-            if name != COMPILED:
+            if name not in (COMPILED, AUTOTUNED):
                 raise RuntimeError(f"{name} failed on {what}") from error
-            print(f"torch.compile cannot compile the network here, and is left out: {str(error).splitlines()[0]}")
+            print(f"{name} cannot compile the network here, and is left out: {str(error).splitlines()[0]}")
             del contestants[name]
             continue
         first[name] = time.perf_counter() - start

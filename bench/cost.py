@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import mtlkernels
 from bench.subjects import Operands
@@ -47,6 +48,28 @@ def watched(call: Callable[[], Any]) -> tuple[str, Cost | None]:
     if not watch.ours:
         return "reference", None
     return " + ".join(dict.fromkeys(_BACKENDS[namespace] for namespace, _, _ in watch.ours)), _total(watch.ours)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.flops += 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def all_flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and of our operators, whoever runs them.
+
+    FlopCounterMode would do, but for modules whose inputs want gradients while no gradients are recorded.
+    """
+    with _Count() as count:
+        call()
+    return count.flops
 
 
 def _total(calls: list[tuple[str, str, tuple]]) -> Cost | None:

@@ -1,25 +1,38 @@
-"""What makes a short call on a GPU measurable: operands that lie outside the L2 cache, and CUDA graphs."""
+"""What makes a short call measurable: operands that lie outside the L2 cache, and on a GPU CUDA graphs."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _MOST = 16  # copies of the operands
+_CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def copies_for(operand_bytes: int, device: str, cache_bytes: int | None = None) -> int:
-    """How many copies of the operands to rotate, so that one is out of the L2 cache when its turn comes; 1 on a CPU.
+    """How many copies of the operands to rotate, so that one is out of the L2 cache when its turn comes.
 
     Three caches' worth, since a call reads and writes more than its operands.
     """
-    if cache_bytes is None:
-        if torch.device(device).type != "cuda":
-            return 1
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    cache_bytes = l2_bytes(device) if cache_bytes is None else cache_bytes
     return min(_MOST, max(1, math.ceil(3 * cache_bytes / max(operand_bytes, 1))))
+
+
+def l2_bytes(device: str) -> int:
+    """The L2 cache of a GPU, or those of the CPU cores that torch uses; 0 where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    for cache in _CPU_CACHES.glob("index*"):
+        try:
+            level, size = ((cache / name).read_text().strip() for name in ("level", "size"))
+        except OSError:
+            continue
+        if level == "2" and size.endswith("K"):
+            return torch.get_num_threads() * int(size[:-1]) * 1024
+    return 0
 
 
 def rotating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

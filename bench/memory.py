@@ -32,7 +32,7 @@ def peak_memory(target: str, kwargs: dict[str, Any], *, device: str = "cpu", tim
     """MiB that one step needs above what stays between steps; None where it cannot be measured (a CPU without /proc).
 
     `target` is "module:function"; function(**kwargs) returns (step, release): a step to take, and a function that drops
-    the gradients. Raises RuntimeError, with the end of the child's messages, when the child fails.
+    the gradients. Raises RuntimeError, with the end of the child's messages, when the child fails or takes too long.
     """
     if device != "cpu":
         return _peak_on_gpu(*_resolve(target)(**kwargs))
@@ -41,7 +41,10 @@ def peak_memory(target: str, kwargs: dict[str, Any], *, device: str = "cpu", tim
     command = [sys.executable, "-m", "bench.memory", target, json.dumps(kwargs)]
     environment = {**os.environ, **_MALLOC, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{target} {kwargs}: the measuring process took more than {timeout:.0f} s") from error
     if done.returncode != 0:
         raise RuntimeError(f"{target} {kwargs}: the measuring process failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])["peak_mib"]

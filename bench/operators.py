@@ -4,8 +4,8 @@
 
 Forward is without gradients, as in serving; fwd + bwd is what training pays. A time is set against ours only if output
 and gradients of both agreed with float64 in the same run. "share" is the least time that the machine's measured copy
-bandwidth and matrix products allow for the call, over ours. On a GPU the operands rotate, so that each call finds its
-own outside the L2 cache, and what can be is replayed as a CUDA graph.
+bandwidth and matrix products allow for the call, over ours. The operands rotate, so that each call finds its own
+outside the L2 cache, and on a GPU what can be is replayed as a CUDA graph.
 """
 
 import argparse
@@ -23,15 +23,14 @@ from torch import Tensor
 
 import mtlkernels as mtl
 from bench import calibrate, report
-from bench.contest import LIMITS, OURS, Check, relative_error
+from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, FORWARD, LIMITS, OURS, Check, compiled, relative_error
 from bench.cost import floor, nbytes, watched
 from bench.graphs import captured, copies_for
 from bench.memory import MIB, peak_memory
 from bench.shapes import SHAPES, SWEEP, tiny
-from bench.subjects import FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
+from bench.subjects import EAGER, FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
 from bench.timing import control_difference, interleaved
 
-FORWARD, BOTH = "forward", "fwd + bwd"
 Call = Callable[[Operands], Tensor]
 
 
@@ -49,6 +48,11 @@ def variants(subject: Subject) -> dict[str, Call]:
     """Ours on the backend that auto takes, the formula of the reference backend, and the subject's rival."""
     found = {OURS: on_backend(subject, "auto"), FORMULA: on_backend(subject, "reference")}
     return found if subject.rival is None else found | {subject.rival[0]: subject.rival[1]}
+
+
+def rivals_of(subject: Subject) -> tuple[str, ...]:
+    """Rivals that are measured where they are asked for, beside those of `variants`."""
+    return (*EAGER.get(subject.op, {}), COMPILED, AUTOTUNED)
 
 
 def can_run(subject: Subject, backend: str, operands: Operands) -> bool:
@@ -76,7 +80,10 @@ def copied(operands: Operands, leaves: tuple[str, ...] = (), dtype: torch.dtype 
 
 
 def step(call: Call, operands: Operands, leaves: tuple[str, ...], grad: Tensor, what: str) -> Callable[[], Any]:
-    """One call, or one call and its gradients."""
+    """One call, one call and its gradients, or the gradients of one call again and again."""
+    if what == BACKWARD:
+        out, wanted = call(operands), [operands[name] for name in leaves]
+        return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -108,7 +115,7 @@ def results(call: Call, operands: Operands, grad: Tensor, leaves: tuple[str, ...
 
 def truth(subject: Subject, operands: Operands, grad: Tensor, whats: tuple[str, ...] = (FORWARD, BOTH)) -> list[Tensor]:
     """Output and, where they are measured, gradients by the plain formula in float64."""
-    leaves = subject.leaves if BOTH in whats else ()
+    leaves = subject.leaves if set(whats) - {FORWARD} else ()
     exact = copied(operands, leaves, torch.float64)
     return results(on_backend(subject, "reference"), exact, grad, leaves)
 
@@ -132,21 +139,28 @@ def measure(
     min_rounds: int = 5,
     ceilings: list[dict[str, Any]] | None = None,
     backends: tuple[str, ...] = (),
-    memory: bool = False,
+    memory: bool | tuple[str, ...] = False,
     whats: tuple[str, ...] = (FORWARD, BOTH),
+    rivals: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """One row for forward and one for forward and backward; ValueError or TypeError where ours refuses the operands.
+    """One row for each of `whats`: forward, backward, or both; ValueError or TypeError where ours refuses the operands.
 
-    backends: those of ours to measure as well, each where it can run, beside the one that auto takes.
+    backends: those of ours to measure as well, each where it can run, beside the one that auto takes. rivals: of
+    `rivals_of` the subject; of these COMPILED and AUTOTUNED are the natural plain way under torch.compile, and left out
+    where it cannot be compiled. memory: the peak memory of all variants, or of these.
     """
     operands, grad = prepare(subject, shape, dtype, device)
     expected = truth(subject, operands, grad, whats)
     calls = variants(subject)
     calls |= {name: on_backend(subject, name) for name in backends if can_run(subject, name, operands)}
+    calls |= {name: call for name, call in EAGER.get(subject.op, {}).items() if name in rivals}
+    with torch._functorch.config.patch(donated_buffer=BACKWARD not in whats):  # else they run backward once only
+        calls |= _compiled(calls, rivals, operands, grad, subject)
     checks = {name: check(call, operands, grad, expected, subject) for name, call in calls.items()}
     sets = [copied(operands, subject.leaves) for _ in range(copies_for(nbytes(operands), device))]
     label = {"op": subject.op, "form": subject.form, "shape": shape, "device": device}
     label |= {"dtype": str(dtype).removeprefix("torch.")}
+    weighed = [name for name in calls if memory is True or name in (memory or ())]
     rows = []
     for what in whats:
         steps, modes = {}, {}
@@ -156,7 +170,7 @@ def measure(
         times = interleaved(
             steps,
             seconds=seconds,
-            warmup_seconds=0.1 if seconds >= 1 else 0.0,
+            warmup_seconds=seconds / 10,
             min_rounds=min_rounds,
             device=device,
             control=OURS,
@@ -176,9 +190,25 @@ def measure(
             | {"flops": spent and spent.flops, "bytes": spent and spent.bytes}
             | {"floor_ms": least and least.ms, "floor_by": least and least.by}
             | {"share": least and least.ms / (times[OURS].median * 1e3)}
-            | {"beyond_mib": {n: _beyond(subject, n, label, what, kept_bytes) for n in calls} if memory else None}
+            | {"beyond_mib": {n: _beyond(subject, n, label, what, kept_bytes) for n in weighed} if weighed else None}
         )
     return rows
+
+
+def _compiled(
+    calls: dict[str, Call], rivals: tuple[str, ...], operands: Operands, grad: Tensor, subject: Subject
+) -> dict[str, Call]:
+    """The natural plain way, or else the formula, under torch.compile: compiled by a first call, where it can be."""
+    found = {}
+    torch._dynamo.reset()  # it would use what another shape or direction left, or give up after a few of them
+    for name in (name for name in (COMPILED, AUTOTUNED) if name in rivals):
+        call = compiled(subject.rival[1] if subject.rival else calls[FORMULA], name)
+        try:
+            results(call, copied(operands, subject.leaves), grad, subject.leaves)
+        except Exception:  # no C++ compiler, a graph that Inductor does not know: whatever keeps it from working
+            continue
+        found[name] = call
+    return found
 
 
 def _ratio(name: str, times: dict, checks: dict[str, Check]) -> float | None:
@@ -199,7 +229,11 @@ def build_step(
     """A step and its release, for `bench.memory`."""
     found = find(subject)
     operands, grad = prepare(found, shape, getattr(torch, dtype), device)
-    call = variants(found).get(variant) or on_backend(found, variant)
+    if variant in (COMPILED, AUTOTUNED):
+        call = compiled(found.rival[1] if found.rival else on_backend(found, "reference"), variant)
+    else:
+        calls = variants(found) | EAGER.get(found.op, {})
+        call = calls.get(variant) or on_backend(found, variant)
     return step(call, copied(operands, found.leaves), found.leaves, grad, what), lambda: None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import mtlkernels as mtl
 
 FORMULA = "plain formula"  # what the formula of the reference backend is called as a rival
+PLAIN, BATCHED = "plain", "batched"  # rivals: a module an expert, and one batched product for all
 Shape = dict[str, int]
 Operands = dict[str, Any]
 
@@ -85,7 +86,25 @@ def _plain_bank(o: Operands) -> Tensor:
     experts, width = bias.shape
     if x.dim() == 2:
         return F.linear(x, weight.flatten(0, 1), bias.flatten()).view(-1, experts, width).relu()
-    inputs = x.transpose(0, 1).repeat_interleave(experts // x.shape[1], 0)
+    return _all_experts(o)
+
+
+def _each_expert(o: Operands) -> Tensor:
+    """A product an expert, as a list of modules has it; unbind, since a slice's gradient would be as large as all."""
+    x, weight, bias = o["x"], o["weight"], o["bias"]
+    units = [x] if x.dim() == 2 else x.unbind(1)
+    readers = [unit for unit in units for _ in range(len(weight) // len(units))]
+    experts = zip(readers, weight.unbind(), bias.unbind(), strict=True)
+    return torch.stack([F.linear(*expert).relu() for expert in experts], 1)
+
+
+def _all_experts(o: Operands) -> Tensor:
+    """A batched product over [E,B,K]."""
+    x, weight, bias = o["x"], o["weight"], o["bias"]
+    experts = len(weight)
+    inputs = (
+        x.expand(experts, *x.shape) if x.dim() == 2 else x.transpose(0, 1).repeat_interleave(experts // x.shape[1], 0)
+    )
     return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2)).transpose(0, 1).relu()
 
 
@@ -140,8 +159,8 @@ def _expert_mix(shape: Shape, draw: Draw) -> Operands:
     return {**_bank(shape, draw), "logits": draw.normal(shape["B"], shape["T"], shape["E"])}
 
 
-def _plain_expert_mix(o: Operands) -> Tensor:
-    return torch.bmm(torch.softmax(o["logits"], -1), _plain_bank(o))
+def _mixed(experts: Callable[[Operands], Tensor]) -> Callable[[Operands], Tensor]:
+    return lambda o: torch.bmm(torch.softmax(o["logits"], -1), experts(o))
 
 
 def _gates(shape: Shape, draw: Draw) -> Operands:
@@ -265,7 +284,7 @@ SUBJECTS = (
             ("matmul / multiply and sum", _plain_stitch)),
     Subject("expert_mix", "", _expert_mix,
             _apply("expert_mix", *_BANK, "logits", experts_per_unit="$counts", activation="relu"),
-            (*_BANK, "logits"), ("F.linear + softmax + bmm", _plain_expert_mix)),
+            (*_BANK, "logits"), ("F.linear + softmax + bmm", _mixed(_plain_bank))),
     Subject("hard_concrete", "", _gates, _apply("hard_concrete", "log_alpha", "noise"), ("log_alpha",)),
     Subject("hard_concrete_l0", "", _gates, _apply("hard_concrete_l0", "log_alpha"), ("log_alpha",)),
     Subject("snr_linear", "", _snr, _apply("snr_linear", *_SNR, activation="relu"), _SNR,
@@ -283,6 +302,12 @@ SUBJECTS = (
             ("BCEWithLogits times mask", _masked_mean)),
 )
 # fmt: on
+
+# Operators that are whole banks of experts, as they are written without them.
+EAGER = {
+    "expert_linear": {PLAIN: _each_expert, BATCHED: _all_experts},
+    "expert_mix": {PLAIN: _mixed(_each_expert), BATCHED: _mixed(_all_experts)},
+}
 
 
 def available() -> list[Subject]:

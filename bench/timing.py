@@ -89,7 +89,7 @@ def interleaved(
     device = torch.device(device)
     flush = torch.empty(_L2_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for call in variants.values():
-        _warm_up(call, warmup_seconds, device)
+        warm_up(call, warmup_seconds, device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     collecting = gc.isenabled()
@@ -116,7 +116,8 @@ def synchronize(device: str | torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _warm_up(call: Callable[[], Any], seconds: float, device: torch.device) -> None:
+def warm_up(call: Callable[[], Any], seconds: float, device: str | torch.device) -> None:
+    """Calls for so long, once at least."""
     end = time.perf_counter() + seconds
     while True:
         call()

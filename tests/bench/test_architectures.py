@@ -41,7 +41,7 @@ def test_what_is_written_of_it_is_there(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_parameter_counts(name):
     """A part of a gradient or of a parameter that is off by a hundredth makes the check fail."""
-    found = architectures.contestants(name, TINY, torch.float64, "cpu", False)
+    found = architectures.contestants(name, TINY, torch.float64, "cpu")
     expected = architectures.truth(name, TINY, found["plain"])
     for key, parameter in found[OURS].network.named_parameters():
         handle = parameter.register_hook(lambda grad: grad * 1.01)
@@ -79,7 +79,7 @@ def test_no_ratio_where_the_check_fails(monkeypatch):
 @pytest.mark.parametrize("name", ["SharedBottom", "STAR", "MTAN", "ESMM"])
 def test_no_gradient_hangs_on_a_kink(name):
     sizes = dataclasses.replace(TINY, B=300, N=64)
-    found = architectures.contestants(name, sizes, torch.float64, "cpu", False)["plain"]
+    found = architectures.contestants(name, sizes, torch.float64, "cpu")["plain"]
     near = {}
     for margin in (1e-5, 1e-2):
         torch.manual_seed(architectures.SEED)
@@ -108,7 +108,7 @@ def test_rows_near_a_kink_are_found():
 def test_a_compiled_network_stands_beside(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda network, **options: calls.append(options) or network)
-    row = architectures.measure("SNRTrans", TINY, compiled=True, **QUICK)
+    row = architectures.measure("SNRTrans", TINY, rivals=(COMPILED,), **QUICK)
     assert calls[0]["options"] == {"fallback_random": True}
     assert set(row["ratio"]) == {"plain", COMPILED} and all(row["ratio"].values())
 

@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 import mtlkernels as mtl
+import python_models
 from bench import graphs, operators, subjects
-from bench.contest import OURS
+from bench.contest import BOTH, OURS
 from bench.cost import Cost, floor, watched
+from bench.papers import ARCHITECTURES, TINY
 from bench.shapes import SHAPES, SWEEP, tiny
 
 NAMES = [subject.name for subject in subjects.SUBJECTS]
@@ -32,6 +35,28 @@ def test_every_rival_computes_the_same(name):
             assert len(row["ms"]) == 2 + (subject.rival is not None)
             assert all(check["ok"] for check in row["check"].values()), row["check"]
             assert all(ratio > 0 for ratio in row["ratio"].values())
+
+
+@pytest.mark.parametrize("name", subjects.EAGER)
+def test_rivals_that_are_asked_for_compute_the_same(name):
+    subject = subjects.find(name)
+    for shape in SHAPES[name].values():  # of x [B,K] and [B,U,K], of as many units as experts and of fewer
+        for row in operators.measure(subject, tiny(shape), rivals=operators.rivals_of(subject)[:2], **QUICK):
+            assert {subjects.PLAIN, subjects.BATCHED} < set(row["ms"])
+            assert all(check["ok"] for check in row["check"].values()), row["check"]
+    assert operators.build_step(name, subjects.PLAIN, BOTH, tiny(shape), "float32", "cpu")[0]()
+
+
+def test_there_is_no_operator_or_network_that_is_not_measured():
+    none = {"build_info", "empty_cache", "explain", "use_backend", "Routes"}
+    forms = {"gated_mix", "adatt_mix", "linear_mix"}  # of mix
+    assert {subject.op for subject in subjects.SUBJECTS} | forms == set(mtl.__all__) - none
+    made = {type(architecture.make(TINY)) for architecture in ARCHITECTURES.values()}
+    networks = [value for value in vars(python_models).values() if isinstance(value, type)]
+    assert made == {n for n in networks if issubclass(n, nn.Module)} - {
+        python_models.MultiTaskModel,
+        python_models.Towers,
+    }
 
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
@@ -97,6 +122,19 @@ def test_the_larger_term_sets_the_floor():
 @pytest.mark.parametrize("size, cache, expected", [(10, 100, 16), (100, 100, 3), (1000, 100, 1), (0, 100, 16)])
 def test_copies_fill_the_cache_several_times(size, cache, expected):
     assert graphs.copies_for(size, "cuda", cache) == expected
+
+
+def test_the_caches_of_all_threads_count(tmp_path, monkeypatch):
+    for index, (level, size) in enumerate([("1", "32K"), ("2", "1024K"), ("3", "32768K")]):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        (folder / "level").write_text(f"{level}\n")
+        (folder / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(graphs, "_CPU_CACHES", tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert graphs.l2_bytes("cpu") == 2 << 20 and graphs.copies_for(3 << 20, "cpu") == 2
+    monkeypatch.setattr(graphs, "_CPU_CACHES", tmp_path / "none")
+    assert graphs.copies_for(1, "cpu") == 1
 
 
 def test_calls_rotate():
