@@ -68,8 +68,8 @@ def _sizes(tensors: list[Tensor | None]) -> list[float]:
 
 
 def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable) -> bool:
-    """Whether the numbers lie as near to the right ones as plain torch's in the same dtype, within a factor of two, or as
-    those of inputs that differ in their last bit: where sums cancel, that may be far. Infinite or missing ones never do.
+    """Whether the numbers lie as near to the right ones as plain torch's of that dtype, within a factor of two, or as
+    those of inputs that differ in their last bit: where sums cancel, that may be far. Infinite ones never do.
     """
     dtype = next(t.dtype for t in tensors if t is not None)
     call, gen = subject.bind("cpu"), torch.Generator().manual_seed(1)
