@@ -1,0 +1,216 @@
+"""Architectures by name: their options, what they want of the data, and the whole model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import python_models as models
+from python_models.data import TableFeatures, TaskData
+from python_models.layers import Blocks
+from python_models.sampling import ExponentialTemperature, InverseRootTemperature
+from python_models.settings import nearest
+from python_models.train.config import ConfigError, Model
+
+# Said by the data, or no matter of a file.
+_GIVEN = {"in_features", "num_tasks", "num_domains", "task_names", "device", "dtype", "expert", "gate"}
+_NOT_IN_TABLES = {"views", "context_features"}  # inputs beside x, which a row of a table has not
+_ROUTING = ("beta", "gamma", "zeta", "delta", "clamp")
+# What **blocks and its like stand for, by the constructor's own word.
+_MORE = {
+    "blocks": tuple(f.name for f in fields(Blocks) if f.name not in _GIVEN),
+    "options": (*(f.name for f in fields(Blocks) if f.name not in _GIVEN), *_ROUTING),
+    "layers": ("activation", "dropout", "norm"),
+}
+_OWN_HEADS = ("UberNet", "MRN")  # their outputs are the tasks'
+_LEVELS = [[64], [32]]
+# Where a constructor asks for a size and the configuration names none.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "SharedBottom": {"dims": [64, 32]},
+    "MMoE": {"num_experts": 8, "expert_dims": [[64, 32]]},
+    "CGC": {"task_experts": 2, "shared_experts": 2, "expert_dims": [64, 32]},
+    "PLE": {"task_experts": 2, "shared_experts": 2, "expert_dims": _LEVELS},
+    "AdaTT": {"task_experts": 2, "shared_experts": 1, "expert_dims": _LEVELS},
+    "CrossStitch": {"expert_dims": _LEVELS},
+    "Sluice": {"expert_dims": [[32], [32]]},
+    "SNRTrans": {"num_experts": 4, "expert_dims": _LEVELS},
+    "SNRAver": {"num_experts": 4, "expert_dims": _LEVELS},
+    "MTAN": {"dims": [64, 32]},
+    "SoftOrdering": {"width": 32, "num_modules": 3},
+    "SoftSharing": {"dims": [64, 32]},
+    "AdaShare": {"expert_dims": [[32], [32]]},
+    "LearnedBranching": {"num_experts": 4, "expert_dims": _LEVELS},
+    "BranchedMTL": {"expert_dims": _LEVELS},  # and all tasks together below, each alone above
+    "UberNet": {"dims": [64, 32]},
+    "MRN": {"dims": [64], "head_dims": [32]},
+    "STAR": {"dims": [64, 32]},
+    "ESMM": {"dims": [64, 32]},
+}
+# A network's own penalty and its weight: the authors' where they say one.
+PENALTIES: dict[str, tuple[Callable[[Any], Tensor], float]] = {
+    "MRN": (lambda network: network.penalty(), 1.0),
+    "Sluice": (lambda network: network.penalty(), 0.1),
+    "SoftSharing": (lambda network: network.penalty(), 1e-4),
+    "SNRTrans": (lambda network: network.l0_penalty(), 1e-4),
+    "SNRAver": (lambda network: network.l0_penalty(), 1e-4),
+    "AdaShare": (lambda network: network.policy_loss(), 1.0),
+}
+
+
+def names() -> list[str]:
+    """Every architecture."""
+    return [name for name in models.__all__ if name not in ("MultiTaskModel", "Towers")]
+
+
+def options(name: str) -> list[str]:
+    """What ``[model.options]`` may say of an architecture."""
+    found, words = [], inspect.signature(getattr(models, name)).parameters
+    for word, parameter in words.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            gates = "gate_dims" in words
+            found += [more for more in _MORE[word] if gates or not more.startswith("gate")]
+        elif word not in _GIVEN | _NOT_IN_TABLES and not (name in _OWN_HEADS and word == "out_features"):
+            found.append(word)
+    return list(dict.fromkeys(found))
+
+
+class TaskModel(nn.Module):
+    """Rows to the tasks' outputs, and what training needs to know of the network.
+
+    ``(numeric, categorical, domain) -> [B,T]``, or ``{task: [B,n]}`` where a task has several outputs.
+
+    Attributes:
+        name: of the architecture.
+        features, network: the two parts.
+        penalty_weight: of the network's own penalty.
+    """
+
+    def __init__(self, name: str, features: TableFeatures, network: nn.Module, penalty_weight: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.features, self.network, self.penalty_weight = name, features, network, penalty_weight
+
+    @property
+    def core(self) -> nn.Module:
+        """The architecture itself, without the towers on it."""
+        return self.network.fusion if isinstance(self.network, models.MultiTaskModel) else self.network
+
+    def forward(self, numeric: Tensor, categorical: Tensor, domain: Tensor | None = None, **more: Any) -> Any:
+        x = self.features(numeric, categorical)
+        if self.name == "STAR":
+            return self.network(x, domain).unsqueeze(1)
+        outputs = self.network(x, **more)
+        if self.name == "ESMM":
+            # The second task is seen on all rows: click and conversion. pCVR itself has no loss.
+            return torch.stack((outputs["pCTR"], outputs["pCTCVR"]), 1)
+        return outputs
+
+    def conversion_logits(self, numeric: Tensor, categorical: Tensor) -> Tensor:
+        """ESMM's pCVR [B], of a conversion after a click."""
+        return self.network(self.features(numeric, categorical))["pCVR"]
+
+    def penalty(self) -> Tensor | None:
+        """The network's own penalty, weighted; None where it has none."""
+        if self.name not in PENALTIES or not self.penalty_weight:
+            return None
+        return self.penalty_weight * PENALTIES[self.name][0](self.core)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Schedules that depend on the epoch alone, so that a run that goes on finds them."""
+        if self.name == "LearnedBranching":
+            self.core.temperature = InverseRootTemperature(max(epochs, 1))(epoch)
+        elif self.name == "AdaShare":
+            self.core.temperature = ExponentialTemperature()(epoch)
+            self.core.live_blocks = min(len(self.core.blocks), 1 + epoch)
+
+    def after_step(self, step: int) -> None:
+        """MRN's covariances, every 100 steps."""
+        if self.name == "MRN" and step % 100 == 0:
+            self.core.update_covariances()
+
+    def task_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the towers, which no two tasks share."""
+        return self.network.towers.parameters() if hasattr(self.network, "towers") else iter(())
+
+
+def check_data(name: str, data: TaskData) -> None:
+    """ConfigError where a data set lacks what the network takes, or has what it cannot give."""
+    tasks = ", ".join(data.task_names)
+    if name == "STAR":
+        if data.domain is None:
+            raise ConfigError("model.name STAR needs a domain of every row; this data has none (schema key: domain)")
+        if len(data.task_names) != 1 or data.kinds[0] == "multiclass":
+            raise ConfigError(f"model.name STAR has one output for its domains, so one task; this data has {tasks}")
+    if name == "ESMM":
+        if data.kinds != ("binary", "binary"):
+            raise ConfigError(
+                "model.name ESMM needs two binary tasks, first the click, then the conversion; this data has "
+                + ", ".join(f"{task} ({kind})" for task, kind in zip(data.task_names, data.kinds, strict=True))
+            )
+        try:
+            models.ESMM.validate(*data.labels.unbind(1))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.name ESMM takes {data.task_names[0]} as click, {data.task_names[1]} as conversion: {error}"
+            ) from error
+
+
+def build(config: Model, data: TaskData) -> TaskModel:
+    """The whole model for a data set. ConfigError naming the key where name, options or data do not fit."""
+    if config.name not in names():
+        raise ConfigError(f"model.name is {config.name!r}{nearest(config.name, names())}")
+    valid = options(config.name)
+    for option in config.options:
+        if option not in valid:
+            raise ConfigError(f"unknown key model.options.{option} of {config.name}{nearest(option, valid)}")
+    check_data(config.name, data)
+    features = TableFeatures.of(data, config.embedding_dim)
+    if not features.out_features:
+        raise ConfigError("the data has no inputs: no numbers, and no categories with model.embedding_dim above 0")
+    sizes = _sizes(config.name, features.out_features, data)
+    chosen = {**DEFAULTS.get(config.name, {}), **_without_empty(config.options)}
+    if config.name == "BranchedMTL" and "partitions" not in chosen:
+        chosen["partitions"] = _split_at_last(len(data.task_names), len(chosen["expert_dims"]))
+    try:
+        core = getattr(models, config.name)(**sizes, **chosen)
+        network = core
+        if config.name not in (*_OWN_HEADS, "STAR", "ESMM"):
+            network = models.MultiTaskModel(core, _towers(config, core.out_features, data))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.options of {config.name}: {error}") from error
+    penalty = PENALTIES.get(config.name, (None, 0.0))[1] if config.penalty is None else config.penalty
+    if config.penalty and config.name not in PENALTIES:
+        raise ConfigError(f"model.penalty is for {', '.join(PENALTIES)}; {config.name} has no penalty")
+    return TaskModel(config.name, features, network, penalty)
+
+
+def _sizes(name: str, in_features: int, data: TaskData) -> dict[str, Any]:
+    if name == "STAR":
+        return {"in_features": in_features, "num_domains": data.num_domains}
+    if name == "ESMM":
+        return {"in_features": in_features}
+    sizes: dict[str, Any] = {"in_features": in_features, "num_tasks": len(data.task_names)}
+    return {**sizes, **_outputs(data)} if name in _OWN_HEADS else sizes
+
+
+def _outputs(data: TaskData) -> dict[str, Any]:
+    return {"out_features": list(data.outputs), "task_names": list(data.task_names)}
+
+
+def _towers(config: Model, in_features: int, data: TaskData) -> nn.Module:
+    towers = _without_empty(vars(config.towers))
+    return models.Towers(in_features, len(data.task_names), **{"dims": (), **towers}, **_outputs(data))
+
+
+def _without_empty(options: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no None: "" stands for it."""
+    return {name: value for name, value in options.items() if value != ""}
+
+
+def _split_at_last(tasks: int, depths: int) -> list[list[list[int]]]:
+    """One cluster of all tasks at every depth but the last, where each is alone."""
+    return [[list(range(tasks))]] * (depths - 1) + [[[t] for t in range(tasks)]]

@@ -1,0 +1,71 @@
+"""The device and the optimizer of a configuration."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from python_models.settings import ConfigError, nearest
+from python_models.train.config import Config
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, or else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device is {name!r}: {error}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"train.device is {name!r}, and torch sees no GPU")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def make_optimizer(config: Config, *modules: torch.nn.Module) -> torch.optim.Optimizer:
+    """Of torch.optim, by name, over all parameters; `rates` makes groups with a rate of their own."""
+    chosen = config.optimizer
+    kinds = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+    }
+    if chosen.name not in kinds:
+        raise ConfigError(f"optimizer.name is {chosen.name!r}{nearest(chosen.name, kinds)}")
+    valid = [word for word in inspect.signature(kinds[chosen.name]).parameters if word not in ("params", "lr")]
+    for option in chosen.options:
+        if option not in valid:
+            raise ConfigError(f"unknown key optimizer.options.{option} of {chosen.name}{nearest(option, valid)}")
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    groups: dict[float, list[Any]] = {1.0: []}
+    used = set()
+    for name, parameter in named:
+        pattern = next((p for p in chosen.rates if fnmatchcase(name, p)), None)
+        used.add(pattern)
+        factor = 1.0 if pattern is None else chosen.rates[pattern]
+        if (
+            isinstance(factor, bool)
+            or not isinstance(factor, (int, float))
+            or not (factor >= 0 and math.isfinite(factor))
+        ):
+            raise ConfigError(f"optimizer.rates.{pattern} must be a number of at least 0; got {factor!r}")
+        groups.setdefault(float(factor), []).append(parameter)
+    for pattern in chosen.rates:
+        if pattern not in used:
+            raise ConfigError(
+                f"optimizer.rates.{pattern} matches no parameter{nearest(pattern, [n for n, _ in named])}"
+            )
+    lists = [{"params": params, "lr": chosen.lr * factor} for factor, params in groups.items() if params]
+    options = dict(chosen.options)
+    if "fused" in valid and not {"fused", "foreach", "capturable"} & set(options):
+        options["fused"] = True
+    try:
+        return kinds[chosen.name](lists, lr=chosen.lr, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.options of {chosen.name}: {error}") from error
