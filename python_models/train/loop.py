@@ -122,7 +122,7 @@ class Loop:
                             report.step(self, losses)
                     if last:
                         self._end_epoch(epoch, report)
-                    if interrupted or progress.step % config.checkpoint.every == 0:
+                    if progress.step % config.checkpoint.every == 0:
                         self.save()
                     if interrupted or progress.stopped:
                         feed.close()
