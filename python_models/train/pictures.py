@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _INK, _ACCENT, _GREY = "#222222", "#0b4f8a", "#6f6f6f"
 _LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3))]
-_POINTS = 200  # of a curve; more of them are one grey band
+_POINTS = 200  # of a curve at most
 
 
 def all_pictures(loop: Loop) -> dict[str, Figure]:
@@ -59,7 +59,7 @@ def _of_network(loop: Loop) -> dict[str, Figure]:
 def draw_losses(curve: Tensor, history: Sequence[dict[str, Any]], tasks: Sequence[str]) -> Figure:
     """The tasks' losses, a panel each, over the steps [steps, 1+T]: their mean over windows, and on validation rows."""
     figure, grid = _grid(len(tasks))
-    size = max(1, len(curve) // _POINTS)
+    size = max(1, min(20, len(curve) // 30), len(curve) // _POINTS)
     windows = curve[: len(curve) // size * size].unflatten(0, (-1, size))
     at = (torch.arange(len(windows)) + 0.5) * size
     for t, (axes, name) in enumerate(zip(grid, tasks, strict=False)):
