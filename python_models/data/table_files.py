@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,14 @@ class TableFile:
             dtype = {name: str for name in strings}
             # An empty field is missing; "NA" is a word like any other.
             options |= {"keep_default_na": False, "na_values": [""], "skip_blank_lines": False, "low_memory": False}
-            frame = pd.read_csv(self.path, dtype=dtype, **options)
+            with warnings.catch_warnings():
+                # Without an index column, fields beyond the header are a warning, and lost.
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                frame = pd.read_csv(self.path, dtype=dtype, index_col=False, **options)
+        except pd.errors.ParserWarning:
+            raise TableError(f"{self.path}: rows have more fields than the header, {len(header)}") from None
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
             raise TableError(f"{self.path}: not a table of comma-separated values: {str(error).strip()}") from error
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise TableError(f"{self.path}: rows have more fields than the header, {len(header)}")
         return frame[wanted]
 
     def _read_parquet(self, wanted: list[str]) -> pd.DataFrame:
