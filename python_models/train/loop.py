@@ -66,10 +66,11 @@ class Loop:
         with torch.random.fork_rng(self._devices):
             self._seed()
             self.model = registry.build(config.model, splits.train).to(self.device)
-            self.balancer = balance.build(config.balancing, splits.train, self.model).to(self.device)
+            self.balance = balance.build(config.balancing, splits.train, self.model)
+            self.balancer = self.balance.module.to(self.device)
             self.random = checkpoint.random_state(self.device)
         self.objective = Objective(splits.train, config.losses)
-        self.optimizer = make_optimizer(config, self.model, self.balancer.module)
+        self.optimizer = make_optimizer(config, self.model, self.balancer)
         self.batches = Batches(splits.train, config.train.batch_size, self.device, config.seed)
         self.progress = Progress()
         self.data_digest = checkpoint.digest(splits.train)
@@ -138,10 +139,10 @@ class Loop:
             outputs = self.model(batch.numeric, batch.categorical, batch.domain)
         losses = self.objective(outputs, batch.labels, batch.weights)
         active = None if batch.weights is None else (batch.weights > 0).any(0)
-        total = self.balancer(losses, penalty=self.model.penalty(), active=active)
+        total = self.balance(losses, penalty=self.model.penalty(), active=active)
         self.optimizer.step()
         self.model.after_step(self.progress.step + 1)
-        return torch.cat((total.detach().reshape(1), losses.detach())).double()
+        return torch.stack([value.detach().double() for value in (total, *losses)])
 
     def _write_losses(self) -> Tensor:
         """Everything since the last time goes to the curve's file. RunError where the loss is no number any more."""
@@ -185,7 +186,7 @@ class Loop:
     def evaluate(self, data: TaskData) -> dict[str, Any]:
         """Losses and metrics on rows: {loss, losses, tasks, mean}."""
         outputs = self.predict(data)
-        losses = self.objective(outputs, data.labels, data.weights).double()
+        losses = torch.stack(self.objective(outputs, data.labels, data.weights)).double()
         tasks = evaluation.task_metrics(outputs, data)
         found = {"loss": float(losses.sum()), "losses": losses.tolist(), "mean": evaluation.mean_metrics(tasks)}
         if self.model.name == "ESMM":

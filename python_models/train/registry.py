@@ -133,7 +133,12 @@ class TaskModel(nn.Module):
             self.core.update_covariances()
 
     def task_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the towers, which no two tasks share."""
+        """Those that no two tasks share: the towers, UberNet's heads, all of ESMM but its features."""
+        if self.name == "ESMM":
+            return self.network.parameters()
+        if self.name == "UberNet":
+            shared = {id(p) for p in self.core.parameter_sets()[0]}
+            return (p for p in self.core.parameters() if id(p) not in shared)
         return self.network.towers.parameters() if hasattr(self.network, "towers") else iter(())
 
 

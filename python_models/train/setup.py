@@ -28,8 +28,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def make_optimizer(config: Config, *modules: torch.nn.Module) -> torch.optim.Optimizer:
-    """Of torch.optim, by name, over all parameters; `rates` makes groups with a rate of their own."""
+def make_optimizer(config: Config, model: torch.nn.Module, balancer: torch.nn.Module) -> torch.optim.Optimizer:
+    """Of torch.optim, by name, over all parameters; `rates` makes groups with a rate of their own.
+
+    What the balancer learns has no weight decay.
+    """
     chosen = config.optimizer
     kinds = {
         name: kind
@@ -42,7 +45,7 @@ def make_optimizer(config: Config, *modules: torch.nn.Module) -> torch.optim.Opt
     for option in chosen.options:
         if option not in valid:
             raise ConfigError(f"unknown key optimizer.options.{option} of {chosen.name}{nearest(option, valid)}")
-    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: dict[float, list[Any]] = {1.0: []}
     used = set()
     for name, parameter in named:
@@ -62,6 +65,8 @@ def make_optimizer(config: Config, *modules: torch.nn.Module) -> torch.optim.Opt
                 f"optimizer.rates.{pattern} matches no parameter{nearest(pattern, [n for n, _ in named])}"
             )
     lists = [{"params": params, "lr": chosen.lr * factor} for factor, params in groups.items() if params]
+    if learned := [p for p in balancer.parameters() if p.requires_grad]:
+        lists.append({"params": learned, **({"weight_decay": 0.0} if "weight_decay" in valid else {})})
     options = dict(chosen.options)
     if "fused" in valid and not {"fused", "foreach", "capturable"} & set(options):
         options["fused"] = True

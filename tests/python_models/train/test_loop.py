@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_goes_on_without_loss(small, tmp_path):
         process = processes.Process(target=work, args=(killed,))
         process.start()
         # Every process may add something to what those before it had; the rest of its life is chance.
-        while len(sizes) <= 10 and process.is_alive():
+        while len(sizes) <= 6 and process.is_alive():
             if (folder / CURVE).exists() and (folder / CURVE).stat().st_size > sizes[-1]:
                 time.sleep(chance.random() * 0.03)
                 process.kill()
@@ -269,3 +269,24 @@ def test_only_data_of_ours_is_loaded(tmp_path):
     torch.save({"a": loop.find_device}, tmp_path / "x.pt")
     with pytest.raises(RunError, match="not a checkpoint"):
         checkpoint.load(tmp_path / "x.pt")
+
+
+def test_losses_of_ones_choice(small, tmp_path):
+    """Each is its formula; a loss of another kind, or of no task, is named."""
+    splits = make_synthetic((96, 48, 48), 6)
+    whole = Loop(small(data={"binary": ""}, losses={"task_2": "huber"}), splits, tmp_path)
+    outputs, labels = 3 * torch.randn(50, 2), torch.randn(50, 2)
+    weights = torch.rand(50, 2)
+    distance = (outputs - labels).double()
+    huber = torch.where(distance.abs() < 1, distance.square() / 2, distance.abs() - 0.5)
+    each = torch.stack((distance[:, 0].square(), huber[:, 1]), 1)
+    found = torch.stack(whole.objective(outputs, labels)).double()
+    torch.testing.assert_close(found, each.mean(0), rtol=1e-6, atol=0)
+    found = torch.stack(whole.objective(outputs, labels, weights)).double()
+    torch.testing.assert_close(found, (weights * each).sum(0) / weights.double().sum(0), rtol=1e-6, atol=0)
+    for losses, message in (
+        ({"task_3": "huber"}, "losses.task_3: there is no such task; did you mean"),
+        ({"task_1": "binary"}, "losses.task_1 is 'binary', of a regression task; expected one of mse, huber"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Loop(small(losses=losses), splits, tmp_path)

@@ -22,11 +22,8 @@ pytest.importorskip("matplotlib")
 LEARNED = {
     "MMoE": {"What every task takes of every expert", "How evenly the gates spread"},
     "AdaTT": {"What every task takes of every expert", "How evenly the gates spread"},
-    "PLE": {"What every task takes of every expert", "How evenly the gates spread"},
     "SNRTrans": {"Connections that are open"},
     "LearnedBranching": {"Which tasks share which layers"},
-    "BranchedMTL": {"Which tasks share which layers"},
-    "UberNet": set(),
     "ESMM": set(),
 }
 
