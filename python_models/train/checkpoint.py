@@ -65,10 +65,13 @@ class Curve:
         os.truncate(path, 8 * width * steps)
 
     def append(self, rows: Tensor) -> None:
-        """Add steps, float64 [n, width]; they are on the disk afterwards."""
+        """Add steps, float64 [n, width]. The system has them afterwards, and keeps them when the process ends."""
         with open(self.path, "ab") as file:
             file.write(rows.cpu().numpy().astype("<f8").tobytes())
-            file.flush()
+
+    def sync(self) -> None:
+        """They are on the disk afterwards: before a checkpoint counts on them."""
+        with open(self.path, "ab") as file:
             os.fsync(file.fileno())
 
     def read(self, first: int = 0) -> Tensor:

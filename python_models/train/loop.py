@@ -73,7 +73,7 @@ class Loop:
         self.optimizer = make_optimizer(config, self.model, self.balancer)
         self.batches = Batches(splits.train, config.train.batch_size, self.device, config.seed)
         self.progress = Progress()
-        self.data_digest = checkpoint.digest(splits.train)
+        self.data_digest = checkpoint.digest(splits.train) + checkpoint.digest(splits.validation)
         self.width = 1 + len(splits.train.task_names)
         saved = folder / CHECKPOINT
         if saved.exists():
@@ -230,6 +230,7 @@ class Loop:
     def save(self) -> None:
         """Write the state; the losses up to it are on the disk before."""
         self._write_losses()
+        self.curve.sync()
         state = {
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
@@ -245,7 +246,7 @@ class Loop:
         state = checkpoint.load(path)
         try:
             if state["data"] != self.data_digest:
-                raise RunError(f"{path}: the training rows are others than those the run began with")
+                raise RunError(f"{path}: the rows are others than those the run began with")
             self.progress = build(Progress, state["progress"], "progress", str(path))
             self.model.load_state_dict(state["model"])
             self.balancer.load_state_dict(state["balancer"])

@@ -182,6 +182,14 @@ def test_no_table(content, message, tmp_path):
         TableFile(path, ["a", "b"])
 
 
+def test_flags(tmp_path):
+    (tmp_path / "x.csv").write_text("a\nTrue\n0\n1\nfalse\n")
+    assert TableFile(tmp_path / "x.csv", ["a"]).flags("a").tolist() == [True, False, True, False]
+    (tmp_path / "x.csv").write_text("a\nTrue\nmaybe\n")
+    with pytest.raises(TableError, match="x.csv, row 2, column 'a': got 'maybe', expected true, false, 1 or 0"):
+        TableFile(tmp_path / "x.csv", ["a"]).flags("a")
+
+
 def test_no_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")

@@ -205,7 +205,7 @@ def test_what_a_run_goes_on_with_is_what_it_began_with(small, tmp_path):
     config, splits = small(), splits_for("MMoE")
     run(config, splits, tmp_path)
     other = splits.train.select(torch.arange(95, -1, -1))
-    with pytest.raises(RunError, match="training rows are others"):
+    with pytest.raises(RunError, match="the rows are others"):
         Loop(config, Splits(other, splits.validation, splits.test), tmp_path)
     with pytest.raises(RunError, match="does not fit this configuration"):
         Loop(replace(config, model=replace(config.model, options={"num_experts": 5})), splits, tmp_path)
