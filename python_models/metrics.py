@@ -59,6 +59,18 @@ def normalized_entropy(logits: Vector, labels: Vector, weights: Vector | None = 
     return loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
+def calibration(logits: Vector, labels: Vector, weights: Vector | None = None) -> float:
+    """Weighted mean of the predicted chances over that of the labels, from logits [N] and labels [N] in [0, 1].
+
+    1 is calibrated on the whole, above 1 is too sure of the positives (He et al. 2014). NaN where no label is positive.
+    """
+    logits, labels, weights = _vectors(logits, labels, weights)
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError("labels: got a value outside [0, 1]")
+    rate = _mean(labels, weights)
+    return _mean(logits.sigmoid(), weights) / rate if rate > 0 else math.nan
+
+
 def mean_squared_error(predictions: Vector, labels: Vector, weights: Vector | None = None) -> float:
     """Weighted mean of ``(prediction - label)^2``; NaN over no weight."""
     predictions, labels, weights = _vectors(predictions, labels, weights)
