@@ -72,8 +72,6 @@ class Balancer(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        losses = self.as_losses(losses)
-        active = self.as_active(active, losses)
         total = self.total(self.weigh(losses, active), penalty)
         if self.training:
             self.observe(losses, active, shared=shared, scaler=scaler)
@@ -82,16 +80,16 @@ class Balancer(nn.Module):
 
     def observe(
         self,
-        losses: Tensor,
-        active: Tensor | None,
+        losses: Losses,
+        active: Tensor | None = None,
         *,
         shared: Iterable[Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Learn from a step. Called once a step in train mode, after :meth:`weigh` and while the graph is whole.
 
-        losses [T] unweighted, as :meth:`as_losses` gives them; the rest as in :meth:`backward`. It leaves .grad of the
-        model as it is, and the weights of this step too: they are already taken.
+        Arguments as in :meth:`backward`, the losses unweighted. It leaves .grad of the model as it is, and the weights
+        of this step too: they are already taken.
         """
 
     def end_epoch(self, losses: Losses | None = None) -> None:
@@ -108,6 +106,16 @@ class Balancer(nn.Module):
         if losses.shape != (self.num_tasks,):
             raise ValueError(f"losses must be [T] with T = {self.num_tasks}; got shape {tuple(losses.shape)}")
         return losses.to(torch.promote_types(losses.dtype, torch.float32))
+
+    def as_scalars(self, losses: Losses) -> list[Tensor]:
+        """losses as T scalars, each where it was made.
+
+        For one gradient a task: that of an element of a stack goes, as zeros, through the other tasks' towers too.
+        """
+        if isinstance(losses, Tensor):
+            return list(self.as_losses(losses).unbind())
+        self.as_losses(losses)
+        return list(losses.values() if isinstance(losses, Mapping) else losses)
 
     def as_active(self, active: Tensor | None, losses: Tensor) -> Tensor | None:
         """active checked, on the losses' device; None stays None."""
