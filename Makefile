@@ -95,7 +95,7 @@ gpu-check: $(STAMP)
 
 reproduce: build
 	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }
-	$(PY) -m bench.census --data "$(DATA)"
+	$(PY) -m bench.reproduce --data "$(DATA)" $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:
 	rm -rf build dist *.egg-info mtlkernels/lib mtlkernels/_build_info*.so bench/out

@@ -18,6 +18,7 @@ WIDTHS = (128, 64)  # of an expert's layers, or of the levels
 TOWERS = (32,)
 LEVELS = [[width] for width in WIDTHS]
 CORRELATIONS = (0.5, 0.9, 1.0)
+LOGISTIC = "logistic regression"
 TUNING_SEED = 1000  # of the runs that choose a learning rate; the others count from 0
 
 
@@ -41,7 +42,7 @@ class Setting:
     """One network on one kind of data.
 
     Attributes:
-        network: an architecture of python_models.train.registry, or "logistic regression".
+        network: an architecture of python_models.train.registry, or LOGISTIC.
         options: of its constructor.
         data: "census", "census by domain" (every row once a task, the task as its domain), "funnel" (two tasks, the
             second only where the first is), or "synthetic 0.5" with the tasks' correlation.
@@ -73,7 +74,7 @@ _SYNTHETIC = {
 }
 
 TABLE = {
-    "logistic regression": Setting("logistic regression"),
+    LOGISTIC: Setting(LOGISTIC),
     "SharedBottom": Setting("SharedBottom", {"dims": [*WIDTHS]}),
     "MMoE": Setting("MMoE", {"num_experts": EXPERTS, "expert_dims": [[*WIDTHS]]}),
     "ML-MMoE": Setting("MMoE", {"num_experts": EXPERTS, "expert_dims": LEVELS}),
@@ -145,7 +146,7 @@ def runs(studies: list[str], seeds: int | None = None) -> Iterator[Run]:
     for study in studies:
         fresh = {name: setting for name, setting in STUDIES[study].items() if setting not in seen}
         seen += fresh.values()
-        tuned = {name: setting for name, setting in fresh.items() if setting.network != "logistic regression"}
+        tuned = {name: setting for name, setting in fresh.items() if setting.network != LOGISTIC}
         for name, setting in tuned.items():
             for lr in setting.budget.rates:
                 yield Run(study, name, setting, TUNING_SEED, lr)

@@ -14,27 +14,32 @@ from bench.reproduce.plan import TUNING_SEED, Setting
 Line = dict[str, Any]
 
 
+class ResultsError(ValueError):
+    """A results file with a line that is none."""
+
+
 def read(path: Path) -> list[Line]:
-    """All whole lines; [] where there is no file. ValueError naming the line that is damaged."""
+    """All whole lines; [] where there is no file. ResultsError naming the line that is damaged."""
     found = []
     text = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(text.split(b"\n")[:-1], 1):  # behind the last newline is nothing, or a torn line
         try:
             found.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: is no JSON ({error}); delete it") from error
+            raise ResultsError(f"{path}, line {number}: is no JSON ({error}); delete it") from error
     return found
 
 
-def append(path: Path, line: Line) -> None:
-    """Add a line, on the disk when this returns; a torn one before it is cut away."""
+def append(path: Path, line: Line) -> Line:
+    """Add a line, on the disk when this returns, and give it as it will be read; a torn one before it is cut away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write((text := json.dumps(line)).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    return json.loads(text)
 
 
 def of(lines: list[Line], setting: Setting, data: str) -> list[Line]:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bench.reproduce.plan import SYNTHETIC_ROWS
 from python_models.data import Splits, TaskData, load_census, make_synthetic
@@ -59,6 +60,11 @@ def by_domain(data: TaskData) -> TaskData:
         domain=torch.arange(tasks).repeat_interleave(rows),
         num_domains=tasks,
     )
+
+
+def by_task(outputs: Tensor, tasks: int) -> Tensor:
+    """What a network says of :func:`by_domain`'s rows, [tasks*N,1], as [N,tasks]."""
+    return outputs.view(tasks, -1).T
 
 
 def funnel(data: TaskData) -> TaskData:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.reproduce.plan import TUNING_SEED, Run, Setting
-from bench.reproduce.rows import Rows
+from bench.reproduce.plan import LOGISTIC, TUNING_SEED, Run, Setting
+from bench.reproduce.rows import Rows, by_task
 from python_models import metrics
 from python_models.data import Splits, TaskData
 from python_models.train import config
@@ -31,27 +31,27 @@ def model_config(setting: Setting, train_rows: int) -> config.Model:
     return config.Model(name=setting.network, options=setting.options, towers=towers, penalty=penalty)
 
 
-def train(run: Run, lr: float | None, rows: Rows) -> dict[str, Any]:
+def train(run: Run, rows: Rows) -> dict[str, Any]:
     """What was found: validation losses of every epoch, and but for tuning runs the test metrics."""
     splits, begin = rows.splits(run.setting.data, run.seed), time.process_time()
     try:
-        if run.setting.network == "logistic regression":
+        if run.setting.network == LOGISTIC:
             found = logistic_regression(splits)
         else:
-            found = _train(run, lr, splits, rows)
+            found = _train(run, splits, rows)
     except RunError as error:  # a loss that is no number: a result, too
         found = {"failed": str(error)}
     return {**found, "cpu_seconds": round(time.process_time() - begin, 2)}
 
 
-def _train(run: Run, lr: float | None, splits: Splits, rows: Rows) -> dict[str, Any]:
+def _train(run: Run, splits: Splits, rows: Rows) -> dict[str, Any]:
     setting, budget = run.setting, run.setting.budget
     apart = len(splits.train.task_names) == 1  # the tasks' rows one after the other
     batch = budget.batch * (splits.train.num_domains if apart else 1)
     settings = config.Config(
         seed=run.seed,
         model=model_config(setting, len(splits.train)),
-        optimizer=config.Optimizer(lr=lr),
+        optimizer=config.Optimizer(lr=run.lr),
         train=config.Train(epochs=budget.epochs, batch_size=batch, device="cpu", progress=False),
         checkpoint=config.Checkpoint(every=_NEVER),
         log=config.Log(every=_NEVER),
@@ -72,7 +72,7 @@ def _train(run: Run, lr: float | None, splits: Splits, rows: Rows) -> dict[str, 
     outputs, test = loop.predict(splits.test), splits.test
     if apart:
         test = rows.splits("census", run.seed).test
-        outputs = outputs.view(-1, len(test)).T
+        outputs = by_task(outputs, len(test.task_names))
     found["test"] = test_metrics(outputs, test)
     if setting.data.startswith("synthetic"):
         windows = torch.tensor_split(curve[:, 1:].mean(1), min(WINDOWS, len(curve)))
