@@ -100,7 +100,10 @@ def convert(value: Any, hint: Any) -> Any:
         names = f"a list of {len(args)}" if fixed else "a list"
         if not isinstance(value, Sequence) or isinstance(value, str) or (fixed and len(value) != len(args)):
             raise TypeError(names)
-        return tuple(convert(entry, args[0]) for entry in value)
+        try:
+            return tuple(convert(entry, args[0]) for entry in value)
+        except TypeError as error:
+            raise TypeError(f"{names}, each entry {error}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     base = origin or hint

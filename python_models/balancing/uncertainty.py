@@ -10,7 +10,7 @@ from .base import Balancer
 # By the words of python_models.losses too.
 _FACTORS = {
     "regression": 0.5,
-    "huber": 0.5,
+    "huber": 1.0,  # d^2 / 2 near 0: the half is in it
     "classification": 1.0,
     "binary": 1.0,
     "multiclass": 1.0,
@@ -22,14 +22,15 @@ class UncertaintyWeighting(Balancer):
     """``sum_t c_t exp(-s_t) L_t + s_t / 2`` with learned ``s_t = log sigma_t^2``.
 
     Kendall et al., CVPR 2018, equations 7 to 10.
+
     c is 1/2 for regression, whose L_t is the squared error, and 1 for classification, whose L_t is the cross entropy.
     ``log_variance`` [T] holds s. It belongs to the caller's optimizer, without weight decay:
     ``param_groups(model, lr, also=[balancer])`` says so. At rest ``exp(s)`` is L, or 2 L for classification. The total
     may be negative: stop early by something else.
 
     Args:
-        kinds: of every task, "regression" or "classification"; also "huber" (the first), "binary", "multiclass" and
-            "watch_time" (the second), as :class:`python_models.losses.TaskLosses` calls them.
+        kinds: of every task, "regression" or "classification"; also "binary", "multiclass", "watch_time" and "huber",
+            all with c = 1, as :class:`python_models.losses.TaskLosses` calls them. Huber's loss has its 1/2 within.
         initial: s at the start.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from python_models.train import balance, checkpoint, registry, report
 from python_models.train.checkpoint import RunError
 from python_models.train.config import Config, SyntheticData, differences, load
 from python_models.train.log import Log
-from python_models.train.loop import BEST, CHECKPOINT, CURVE, Loop
+from python_models.train.loop import CHECKPOINT, Loop
 
 EXAMPLE = Path(__file__).with_name("example.toml")
 INTERRUPTED = 130
@@ -59,30 +58,30 @@ def load_data(config: Config) -> tuple[Splits, dict[str, Any] | None]:
 
 def correlations(data: SyntheticData) -> Any:
     """The matrix [T,T]: the one that is written, or one with the same number between every two tasks."""
-    if isinstance(data.correlation, list):
-        return data.correlation
+    if not isinstance(data.correlation, float):
+        return [list(row) for row in data.correlation]
     rows = range(data.num_tasks)
     return [[1.0 if i == j else data.correlation for j in rows] for i in rows]
 
 
-def prepare(folder: Path, config: Config, resume: bool, overwrite: bool) -> None:
-    """Make the folder ready for a new run, or for going on with the one in it. RunError where it is another's."""
-    there, saved = folder / "config.json", folder / CHECKPOINT
-    if overwrite:
-        for name in (CHECKPOINT, BEST, CURVE, "config.json", "report.json", "report.html", "model.pt", "encoder.json"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    elif saved.exists() and not resume:
+def check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """RunError where the folder holds a run that is not to be gone on with, or of another configuration."""
+    if not (folder / CHECKPOINT).exists():
+        return
+    if not resume:
         raise RunError(
             f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, or name another `out`"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if resume and saved.exists() and there.exists():
+    there = folder / "config.json"
+    if there.exists():
         changed = differences(json.loads(there.read_text()), config.to_dict())
         if changed:
             raise RunError(f"{folder} holds a run of another configuration: {'; '.join(changed)}")
-    text = json.dumps(config.to_dict(), indent=1)
-    checkpoint.write_atomic(there, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, found: Any) -> None:
+    text = json.dumps(found, indent=1)
+    checkpoint.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager
@@ -112,11 +111,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, bar:
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.Lock(folder):
-        prepare(folder, config, resume, overwrite)
+        if not overwrite:
+            check_folder(folder, config, resume)
+        loop = Loop(config, splits, folder, fresh=overwrite)
+        write_json(folder / "config.json", config.to_dict())
         if encoder is not None:
-            text = json.dumps(encoder, indent=1)
-            checkpoint.write_atomic(folder / "encoder.json", lambda file: file.write(text.encode()))
-        loop = Loop(config, splits, folder)
+            write_json(folder / "encoder.json", encoder)
         with interrupts() as seen, Log(loop, bar) as log:
             finished = loop.run(lambda: bool(seen), log)
         return report.write(loop) if finished else None
@@ -144,7 +144,7 @@ def main(
         chosen = load(config, set_ or ())
         bar = chosen.train.progress and sys.stderr.isatty()
         found = train(chosen, resume=resume, overwrite=overwrite, bar=bar)
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:  # before the first step, in the report, or pressed twice

@@ -25,10 +25,7 @@ _ON_REPRESENTATION = ("GradDrop", "RotoGrad")
 
 def _kinds() -> dict[str, type[methods.Balancer]]:
     public = {name: getattr(methods, name) for name in methods.__all__ if name != "Balancer"}
-    found = {
-        name: kind for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, methods.Balancer)
-    }
-    return {"FixedWeights": methods.Balancer, **found}
+    return {name: kind for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, methods.Balancer)}
 
 
 def names(*, weightings: bool = False) -> list[str]:

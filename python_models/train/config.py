@@ -21,7 +21,7 @@ class SyntheticData:
     rows: tuple[int, int, int] = (20_000, 5_000, 5_000)
     in_features: int = 100
     num_tasks: int = 2
-    correlation: float | list = 0.8
+    correlation: float | tuple[tuple[float, ...], ...] = 0.8
     scale: float = 0.3
     num_sines: int = 5
     noise: float = 0.1
@@ -193,7 +193,7 @@ def make(found: Mapping[str, Any], origin: str = "config") -> Config:
     config = Config(**{**_shallow(rest), "data": build(SOURCES[source], data, "data", origin)})
     for key, low in _LOW.items():
         value = _get(config, key)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # nor NaN
             raise ConfigError(f"{origin}: {key} must be at least {low}; got {value}")
     for key, name in (("path", "the census file or its folder"), ("schema", "the schema file")):
         if getattr(config.data, key, None) == "":

@@ -85,5 +85,5 @@ def _writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ConfigError(f"log.tensorboard needs the package tensorboard, pip install tensorboard: {error}") from error
-    # What was logged of the steps that are done again is hidden.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    # What was logged of the steps that are done again is hidden; all of it, where no checkpoint was written yet.
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,16 @@ from python_models.train.objective import Objective
 from python_models.train.setup import find_device, make_optimizer
 
 CHECKPOINT, BEST, CURVE = "checkpoint.pt", "best.pt", "losses.f64"
+# Of a run; the first one decides whether there is one to go on with.
+FILES = (CHECKPOINT, BEST, CURVE, "config.json", "report.json", "report.html", "model.pt", "encoder.json")
 _GATE_ROWS = 1024  # validation rows over which the gates' entropy is a mean
+
+
+def clear(folder: Path) -> None:
+    """Remove a run's files."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 @dataclass
@@ -47,13 +57,14 @@ class Loop:
         config: what to run.
         splits: its data.
         folder: where its files are, which exists.
+        fresh: begin anew: what the folder holds of another run is removed, once all else fits.
 
     Raises:
         ConfigError: naming the key that does not fit.
         RunError: a checkpoint that is damaged, or of other data.
     """
 
-    def __init__(self, config: Config, splits: Splits, folder: Path) -> None:
+    def __init__(self, config: Config, splits: Splits, folder: Path, *, fresh: bool = False) -> None:
         self.config, self.splits, self.folder = config, splits, folder
         if not len(splits.train):
             raise ConfigError("data: has no training rows")
@@ -76,6 +87,8 @@ class Loop:
         self.data_digest = checkpoint.digest(splits.train) + checkpoint.digest(splits.validation)
         self.width = 1 + len(splits.train.task_names)
         saved = folder / CHECKPOINT
+        if fresh:
+            clear(folder)
         if saved.exists():
             self._restore(saved)
         self.curve = Curve(folder / CURVE, self.width, self.progress.step)
@@ -162,8 +175,7 @@ class Loop:
         return rows
 
     def _end_epoch(self, epoch: int, report: Any) -> None:
-        rows = self.curve.read(epoch * len(self.batches))
-        self.balancer.end_epoch(rows[:, 1:].mean(0))
+        self.balancer.end_epoch()
         last = self.progress.step == self.steps
         if not len(self.splits.validation) or not ((epoch + 1) % self.config.stopping.every_epochs == 0 or last):
             return
@@ -215,10 +227,13 @@ class Loop:
 
     @torch.no_grad()
     def _gate_entropy(self) -> list[list[float]]:
-        """Of every level's gates, on some validation rows; [] for a network without gates."""
+        """Of every level's gates, on some validation rows; [] for a network without gates, or without matplotlib."""
         if "return_gates" not in inspect.signature(type(self.model.core).forward).parameters:
             return []
-        from python_models.viz import gate_entropy
+        try:
+            from python_models.viz import gate_entropy
+        except ModuleNotFoundError:
+            return []  # it is only ever drawn
 
         part = self.splits.validation
         part = part.select(torch.arange(min(_GATE_ROWS, len(part)))).to(self.device)
@@ -262,6 +277,9 @@ class Loop:
         path = self.folder / BEST
         if not (self.config.stopping.restore_best and self.progress.best is not None and path.exists()):
             return False
-        self.model.load_state_dict(checkpoint.load(path)["model"])
+        state = checkpoint.load(path)
+        if state["step"] != self.progress.best_step:
+            return False  # of an epoch that is not done again: the run was killed after it, and is to be shorter now
+        self.model.load_state_dict(state["model"])
         self.model.start_epoch(self.progress.best_epoch, self.config.train.epochs)
         return True

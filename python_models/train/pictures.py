@@ -89,15 +89,19 @@ def draw_metrics(history: Sequence[dict[str, Any]]) -> Figure:
     metrics = list(dict.fromkeys(name for values in tasks.values() for name in values))
     figure, grid = _grid(len(metrics))
     steps = [each["step"] for each in history]
+    lines = {}
     for axes, metric in zip(grid, metrics, strict=False):
-        having = [task for task in tasks if metric in tasks[task]]
-        for i, task in enumerate(having):
+        for i, task in enumerate(tasks):  # a task looks the same in every panel
+            if metric not in tasks[task]:
+                continue
             values = [each["tasks"][task][metric] for each in history]
-            shade = _ACCENT if i % 2 == 0 else _GREY
-            axes.plot(steps, values, "o", ls=_LINES[i % len(_LINES)], color=shade, ms=3, lw=1.4, label=task)
+            style = {"ls": _LINES[i % len(_LINES)], "color": _ACCENT if i % 2 == 0 else _GREY}
+            (lines[task],) = axes.plot(steps, values, "o", ms=3, lw=1.4, **style)
         axes.set_title(metric, loc="left", fontsize=10, weight="bold")
         axes.set_xlabel("step", fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
+    # Beside the panels: within one it would hide points.
+    names = [task for task in tasks if task in lines]
+    figure.legend([lines[task] for task in names], names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

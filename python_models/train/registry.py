@@ -181,12 +181,11 @@ def build(config: Model, data: TaskData) -> TaskModel:
     if config.name == "BranchedMTL" and "partitions" not in chosen:
         chosen["partitions"] = _split_at_last(len(data.task_names), len(chosen["expert_dims"]))
     try:
-        core = getattr(models, config.name)(**sizes, **chosen)
-        network = core
-        if config.name not in (*_OWN_HEADS, "STAR", "ESMM"):
-            network = models.MultiTaskModel(core, _towers(config, core.out_features, data))
+        network = core = getattr(models, config.name)(**sizes, **chosen)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.options of {config.name}: {error}") from error
+    if config.name not in (*_OWN_HEADS, "STAR", "ESMM"):
+        network = models.MultiTaskModel(core, _towers(config, core.out_features, data))
     penalty = PENALTIES.get(config.name, (None, 0.0))[1] if config.penalty is None else config.penalty
     if config.penalty and config.name not in PENALTIES:
         raise ConfigError(f"model.penalty is for {', '.join(PENALTIES)}; {config.name} has no penalty")
@@ -208,7 +207,10 @@ def _outputs(data: TaskData) -> dict[str, Any]:
 
 def _towers(config: Model, in_features: int, data: TaskData) -> nn.Module:
     towers = _without_empty(vars(config.towers))
-    return models.Towers(in_features, len(data.task_names), **{"dims": (), **towers}, **_outputs(data))
+    try:
+        return models.Towers(in_features, len(data.task_names), **{"dims": (), **towers}, **_outputs(data))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.towers: {error}") from error
 
 
 def _without_empty(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,9 @@ def test_a_folder_that_holds_a_run(config, tmp_path):
     assert more.exit_code == 0 and longer.startswith(whole) and len(longer) * 3 == len(whole) * 4
     assert command(config, "--overwrite").exit_code == 0
     assert (tmp_path / "run" / CURVE).read_bytes() == whole
+    typo = command(config, "--overwrite", "--set", "model.options.dims=[-8]")
+    assert typo.exit_code == 2 and (tmp_path / "run" / CURVE).read_bytes() == whole, "a slip costs no run"
+    assert command(config, "--resume").exit_code == 0
     both = command(config, "--overwrite", "--resume")
     assert both.exit_code == 2 and "exclude each other" in both.output
 
@@ -81,6 +84,7 @@ def test_a_folder_that_holds_a_run(config, tmp_path):
         (["--set", "model.name=SharedBotom"], "did you mean 'SharedBottom'"),
         (["--set", "data.in_features=1"], "data: in_features: got 1, expected at least the correlation's rank, 2"),
         (["--set", "data.correlation=2"], "data: correlation: got"),
+        (["--set", "out=/dev/null/run"], "error: [Errno 20] Not a directory: '/dev/null/run'"),
         (["--set", "data={source='census', path='nowhere'}"], "data: nowhere: no such file; the UCI repository"),
         (["--set", "data={source='table', schema='nowhere.toml'}"], "data: nowhere.toml: No such file"),
         (["--set", "balancing.name=PCGrat"], "balancing.name is 'PCGrat'; "),

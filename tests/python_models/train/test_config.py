@@ -57,6 +57,11 @@ def test_the_example_has_every_key():
         ({"train": {"epochs": -1}}, "train.epochs must be at least 0; got -1"),
         ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1; got 0"),
         ({"train": {"progress": 1}}, "train.progress must be true or false; got 1"),
+        (
+            {"data": {"correlation": [[1, "a"], [1, 1]]}},
+            "data.correlation must be a number or a list, each entry a list",
+        ),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr must be at least 0; got nan"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be a number; got 'fast'"),
         ({"balancing": {"shared": "x"}}, "balancing.shared must be a list; got 'x'"),
         ({"model": {"options": 1}}, "model.options must be a table; got 1"),

@@ -8,7 +8,7 @@ import torch
 import python_models
 from python_models.data import TaskData, make_synthetic
 from python_models.train import registry
-from python_models.train.config import ConfigError, Model
+from python_models.train.config import ConfigError, Model, Towers
 from python_models.train.loop import Loop
 
 from .runs import clicks, splits_for, with_domain
@@ -55,6 +55,7 @@ def test_options_are_words_of_the_constructor(name):
         (Model(options={"expert_dims": [3]}), "model.options of MMoE: expert_dims"),
         (Model(options={"in_features": 3}), "unknown key model.options.in_features"),
         (Model(name="SNRAver", options={"gate_bias": False}), "unknown key model.options.gate_bias"),
+        (Model(towers=Towers(activation="rely")), "model.towers: activation must be"),
         (Model(penalty=0.1), "model.penalty is for MRN.*MMoE has no penalty"),
         (Model(name="STAR"), "STAR needs a domain"),
         (Model(name="ESMM"), "task_1 as click, task_2 as conversion: conversion must be 0 where click is 0; row"),

@@ -112,8 +112,9 @@ def test_without_matplotlib_and_with_nan(small, tmp_path, monkeypatch):
     splits = splits_for("MMoE")
     ones = splits.test.select(splits.test.labels[:, 0].nonzero().flatten())
     loop = Loop(small(), type(splits)(splits.train, splits.validation, ones), tmp_path)
+    for module in ("python_models.train.pictures", "python_models.viz"):
+        monkeypatch.setitem(sys.modules, module, None)
     assert loop.run()
-    monkeypatch.setitem(sys.modules, "python_models.train.pictures", None)
     report.write(loop)
     assert "No pictures" in (tmp_path / "report.html").read_text()
     assert report.read(tmp_path)["metrics"]["test"]["tasks"]["task_1"]["auc"] is None
