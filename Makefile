@@ -9,6 +9,7 @@
 #   PARTS=bench,tune      for gpu-check: some of build, device, tests, slow, sanitizer, bench and tune (default: all of them)
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
+#   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash

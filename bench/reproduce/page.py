@@ -115,6 +115,10 @@ def _how(summary: Summary) -> Iterator[str]:
         synthetic_seeds=synthetic.seeds,
         synthetic_rates=", ".join(f"{lr:g}" for lr in synthetic.rates),
     )
+    rates = {name: summary.lr(setting) for name, setting in TABLE.items()}
+    slow = [name for name, lr in rates.items() if lr is not None and lr < max(census.rates)]
+    if any(rates.values()):
+        yield _filled(words.RATES, slow=", ".join(slow) or "no network")
     made = Counter(
         f"torch {line['torch']}, {line['cpu']}, {line['threads']} thread{'s' if line['threads'] > 1 else ''}"
         for line in summary.lines
