@@ -12,7 +12,7 @@ from typing import Any
 from bench.reproduce import plan, words
 from bench.reproduce.claims import AGAINST, CLAIMS, CLEAR, MISSING, NOISE, verdict
 from bench.reproduce.pictures import draw, ranked
-from bench.reproduce.plan import CORRELATIONS, STUDIES, TABLE, Setting
+from bench.reproduce.plan import CORRELATIONS, STUDIES, SYNTHETICS, TABLE, Setting
 from bench.reproduce.summary import MEAN, Difference, Summary
 
 # AdaTT, table 5: 6 experts a level in all, hidden (128, 64), tower 32. The paper calls the columns task 1 to 3 and
@@ -154,7 +154,7 @@ def _claims(summary: Summary) -> Iterator[str]:
     yield words.ORDERINGS
     yield from _head(["paper", "ordering", *(_name(task) for task in TASKS), "verdict on the mean"])
     for claim in CLAIMS:
-        if claim.study != "synthetic":
+        if claim.study not in SYNTHETICS:
             cells = [_signed(claim.difference(summary, task)) for task in TASKS]
             yield _row([claim.source, claim.ordering, *cells, verdict(claim.difference(summary))])
     yield ""
@@ -172,21 +172,22 @@ def _settings(summary: Summary, settings: dict[str, Setting], tasks: Iterable[st
 
 def _synthetic(summary: Summary) -> Iterator[str]:
     yield words.SYNTHETIC
-    yield from _head(["", *(f"correlation {p}" for p in CORRELATIONS), "rates", "parameters"])
-    for name in ("SharedBottom", "OMoE", "MMoE"):
-        settings = [STUDIES["synthetic"][f"{name} {p}"] for p in CORRELATIONS]
-        lines = [line for setting in settings for line in summary.tests(setting)]
-        if lines:
-            cells = [_spread(summary.column(setting, metric="mse")) for setting in settings]
-            rates = ", ".join(_rate(summary.lr(setting)) for setting in settings)
-            yield _row([name, *cells, rates, f"{lines[0]['parameters']:,}"])
+    yield from _head(["weights", "", *(f"correlation {p}" for p in CORRELATIONS), "rates", "parameters"])
+    for study, scale in SYNTHETICS.items():
+        for name in ("SharedBottom", "OMoE", "MMoE"):
+            settings = [STUDIES[study][f"{name} {p}"] for p in CORRELATIONS]
+            lines = [line for setting in settings for line in summary.tests(setting)]
+            if lines:
+                cells = [_middle(summary.column(setting, metric="mse")) for setting in settings]
+                rates = ", ".join(_rate(summary.lr(setting)) for setting in settings)
+                yield _row([str(scale), name, *cells, rates, f"{lines[0]['parameters']:,}"])
     yield ""
     yield words.SYNTHETIC_ORDERINGS
     yield from _head(["paper", "ordering", "difference", "verdict"])
     for claim in CLAIMS:
-        if claim.study == "synthetic":
+        if claim.study in SYNTHETICS:
             difference = claim.difference(summary)
-            yield _row([claim.source, claim.ordering, _signed(difference), verdict(difference)])
+            yield _row([claim.source, claim.ordering, _signed(difference, 100), verdict(difference)])
     yield ""
 
 
@@ -214,8 +215,12 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
-def _signed(difference: Difference | None) -> str:
+def _middle(values: list[float]) -> str:
+    return f"{statistics.median(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else ""
+
+
+def _signed(difference: Difference | None, scale: float = 1e4) -> str:
     if difference is None:
         return ""
-    reach = f" ± {1e4 * difference.reach:.1f}" if difference.count > 1 else ""
-    return f"{1e4 * difference.mean:+.1f}{reach}"
+    reach = f" ± {scale * difference.reach:.1f}" if difference.count > 1 else ""
+    return f"{scale * difference.mean:+.1f}{reach}"

@@ -6,7 +6,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.reproduce.plan import CORRELATIONS, STUDIES, TABLE, Setting
+from bench.reproduce.plan import CORRELATIONS, STUDIES, SYNTHETICS, TABLE, Setting
+from bench.reproduce.results import Line
 from bench.reproduce.summary import MEAN, Summary
 
 if TYPE_CHECKING:
@@ -116,30 +117,38 @@ def _known(summary: Summary, settings: dict[str, Setting]) -> dict[str, list[flo
 
 
 def draw_synthetic(summary: Summary) -> Figure | None:
-    """MMoE's synthetic study: the training loss, a panel a correlation; the mean over the seeds in its deviation."""
+    """MMoE's synthetic study: the training loss, a panel a correlation and a row a length of the weights.
+
+    Of the seeds the median, in the band of the middle 60 %.
+    """
     from matplotlib.figure import Figure
 
-    figure, drawn = Figure(figsize=(11, 3.3), layout="constrained"), False
-    panels = figure.subplots(1, len(CORRELATIONS), sharey=True, squeeze=False)[0]
-    for axes, p in zip(panels, CORRELATIONS, strict=True):
-        for name, (style, colour, width) in _LINES.items():
-            lines = summary.tests(STUDIES["synthetic"][f"{name} {p}"])
-            if not lines:
-                continue
-            drawn = True
-            windows = list(zip(*(line["curve"] for line in lines), strict=True))
-            steps = [(i + 0.5) * lines[0]["steps"] / len(windows) for i in range(len(windows))]
-            means = [statistics.fmean(window) for window in windows]
-            errors = [statistics.stdev(w) / len(w) ** 0.5 if len(w) > 1 else 0.0 for w in windows]
-            low, high = ([m + s * e for m, e in zip(means, errors, strict=True)] for s in (-1, 1))
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-            axes.plot(steps, means, ls=style, color=colour, lw=width, label=name)
-        axes.set_yscale("log")
-        _clean(axes, "y")
-        axes.set_title(f"task correlation {p}", loc="left", fontsize=10, weight="bold")
-        axes.set_xlabel("step", fontsize=8)
-    panels[0].set_ylabel("training loss (mean squared error)", fontsize=8)
-    if not drawn:
+    lines = {study: _curves(summary, study) for study in SYNTHETICS}
+    lines = {study: found for study, found in lines.items() if any(found.values())}
+    if not lines:
         return None
-    panels[0].legend(frameon=False, fontsize=8, handlelength=3)
+    figure = Figure(figsize=(11, 0.4 + 2.8 * len(lines)), layout="constrained")
+    grid = figure.subplots(len(lines), len(CORRELATIONS), sharex=True, sharey="row", squeeze=False)
+    for panels, (study, found) in zip(grid, lines.items(), strict=True):
+        for axes, p in zip(panels, CORRELATIONS, strict=True):
+            for name, (style, colour, width) in _LINES.items():
+                if runs := found[f"{name} {p}"]:
+                    windows = [sorted(window) for window in zip(*(run["curve"] for run in runs), strict=True)]
+                    steps = [(i + 0.5) * runs[0]["steps"] / len(windows) for i in range(len(windows))]
+                    low, high = ([w[round(q * (len(w) - 1))] for w in windows] for q in (0.2, 0.8))
+                    axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+                    middle = [statistics.median(window) for window in windows]
+                    axes.plot(steps, middle, ls=style, color=colour, lw=width, label=name)
+            axes.set_yscale("log")
+            _clean(axes, "y")
+            title = f"correlation {p}, weights {SYNTHETICS[study]}"
+            axes.set_title(title, loc="left", fontsize=10, weight="bold")
+        panels[0].set_ylabel("training loss", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("step", fontsize=8)
+    grid[0][0].legend(frameon=False, fontsize=8, handlelength=3)
     return figure
+
+
+def _curves(summary: Summary, study: str) -> dict[str, list[Line]]:
+    return {name: summary.tests(setting) for name, setting in STUDIES[study].items()}

@@ -18,6 +18,7 @@ WIDTHS = (128, 64)  # of an expert's layers, or of the levels
 TOWERS = (32,)
 LEVELS = [[width] for width in WIDTHS]
 CORRELATIONS = (0.5, 0.9, 1.0)
+SYNTHETICS = {"synthetic": 0.3, "bent": 1.0}  # studies of synthetic tasks: the scale of their weights
 LOGISTIC = "logistic regression"
 TUNING_SEED = 1000  # of the runs that choose a learning rate; the others count from 0
 
@@ -45,7 +46,8 @@ class Setting:
         network: an architecture of python_models.train.registry, or LOGISTIC.
         options: of its constructor.
         data: "census", "census by domain" (every row once a task, the task as its domain), "funnel" (two tasks, the
-            second only where the first is), or "synthetic 0.5" with the tasks' correlation.
+            second only where the first is), or "synthetic 0.5" with the tasks' correlation and, where it is not 0.3,
+            the scale of their weights: "synthetic 0.5 1.0".
         towers: hidden widths.
     """
 
@@ -100,6 +102,12 @@ STUDIES: dict[str, dict[str, Setting]] = {
     "table": TABLE,
     "synthetic": {
         f"{name} {p}": Setting(network, options, f"synthetic {p}", (8,))
+        for p in CORRELATIONS
+        for name, (network, options) in _SYNTHETIC.items()
+    },
+    # The paper does not say how large the weights are. At 0.3 the sines are hardly bent, and every task is easy.
+    "bent": {
+        f"{name} {p}": Setting(network, options, f"synthetic {p} 1.0", (8,))
         for p in CORRELATIONS
         for name, (network, options) in _SYNTHETIC.items()
     },

@@ -40,7 +40,8 @@ class Rows:
 
     def _make(self, kind: str, seed: int) -> Splits:
         if kind.startswith("synthetic"):
-            return make_synthetic(self.synthetic, correlation=float(kind.split()[1]), seed=seed)
+            correlation, *scale = (float(number) for number in kind.split()[1:])
+            return make_synthetic(self.synthetic, correlation=correlation, seed=seed, scale=scale[0] if scale else 0.3)
         census = self._census()
         change = {"census": lambda part: part, "census by domain": by_domain, "funnel": funnel}[kind]
         return Splits(*(change(part) for part in (census.train, census.validation, census.test)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.reproduce.plan import LOGISTIC, TUNING_SEED, Setting
@@ -83,11 +84,16 @@ class Summary:
         return [values[task] for values in self.scores(setting, metric).values()]
 
     def difference(
-        self, better: Setting, worse: Setting, task: str = MEAN, metric: str = "auc", sign: int = 1
+        self,
+        better: Setting,
+        worse: Setting,
+        task: str = MEAN,
+        metric: str = "auc",
+        measure: Callable[[float], float] = lambda value: value,
     ) -> Difference | None:
-        """`sign` times (better - worse); None where no seed has both."""
+        """Of the measure of the metric, better - worse; None where no seed has both."""
         a, b = self.scores(better, metric), self.scores(worse, metric)
-        values = [sign * (a[seed][task] - b[seed][task]) for seed in a.keys() & b.keys()]
+        values = [measure(a[seed][task]) - measure(b[seed][task]) for seed in a.keys() & b.keys()]
         if not values:
             return None
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf

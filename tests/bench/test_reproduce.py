@@ -228,3 +228,29 @@ def test_the_page_is_what_the_lines_say(tmp_path):
         " come out", " come\nout"
     )
     assert all(len(row) <= 120 for row in text.splitlines() if not row.startswith(("|", "**A run")))
+
+
+def test_claims_of_errors_are_of_their_logarithm():
+    claim = next(c for c in claims.CLAIMS if (c.study, c.better, c.worse) == ("bent", "MMoE 0.5", "OMoE 0.5"))
+    assert claim.ordering == "MMoE below OMoE at 0.5, weights 1.0"
+    lines = []
+    for name, errors in (("MMoE 0.5", [0.01, 0.03]), ("OMoE 0.5", [0.02, 0.09])):
+        setting = STUDIES["bent"][name]
+        lines += [line(setting, TUNING_SEED, lr, validation_loss=[lr]) for lr in setting.budget.rates]
+        lines += [
+            line(setting, s, 1e-3, test={"task_1": {"mse": 0.0}, "task_2": {"mse": 2 * e}})
+            for s, e in enumerate(errors)
+        ]
+    found = claim.difference(Summary(lines))
+    assert found.mean == pytest.approx((math.log(2) + math.log(3)) / 2)
+    assert found.error == pytest.approx((math.log(3) - math.log(2)) / 2)
+    assert {c.study for c in claims.CLAIMS} == {*STUDIES} - {"funnel"}
+    for each in claims.CLAIMS:
+        assert each.difference(Summary([])) is None and " None" not in each.ordering
+
+
+def test_tasks_of_longer_weights():
+    rows = Rows(None, (4000, 10, 10))
+    straight, bent = (rows.splits(kind, 0).train.labels for kind in ("synthetic 0.5", "synthetic 0.5 1.0"))
+    assert bent.std() > 1.5 * straight.std()
+    assert rows.fingerprint("synthetic 0.5") == "drawn (4000, 10, 10)"
