@@ -80,8 +80,9 @@ def _missing(summary: Summary) -> Iterator[str]:
 def _verdicts(summary: Summary) -> Iterator[str]:
     found = [(claim, verdict(claim.difference(summary))) for claim in CLAIMS]
     counts = Counter(each for _, each in found)
+    signs = sum(each == NOISE and claim.difference(summary).mean > 0 for claim, each in found)
     missing = f", {counts[MISSING]} were not run" if counts[MISSING] else ""
-    numbers = {"clear": counts[CLEAR], "noise": counts[NOISE], "against": counts[AGAINST]}
+    numbers = {"clear": counts[CLEAR], "noise": counts[NOISE], "signs": signs, "against": counts[AGAINST]}
     yield _filled(words.COMES_OUT, total=len(found), missing=missing, **numbers)
     for result, head in ((AGAINST, "The other way round"), (NOISE, "Within the noise"), (CLEAR, "As in the paper")):
         names = [claim.ordering for claim, each in found if each == result]

@@ -254,3 +254,8 @@ def test_tasks_of_longer_weights():
     straight, bent = (rows.splits(kind, 0).train.labels for kind in ("synthetic 0.5", "synthetic 0.5 1.0"))
     assert bent.std() > 1.5 * straight.std()
     assert rows.fingerprint("synthetic 0.5") == "drawn (4000, 10, 10)"
+
+
+def test_the_page_that_is_kept_is_that_of_the_lines_that_are_kept(tmp_path):
+    page.write(Summary(results.read(command.RESULTS)), tmp_path / "reproduce.md")
+    assert (tmp_path / "reproduce.md").read_text() == command.PAGE.read_text()
