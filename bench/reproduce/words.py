@@ -11,8 +11,8 @@ COMES_OUT = """\
 ## What comes out
 
 Of {total} orderings that the papers state, {clear} come out, {noise} are within the noise of the seeds ({signs} of them
-with the paper's sign), {against} come out the other way round{missing}. An ordering comes out where the 95 % interval of the mean difference, taken seed by
-seed, is on its side of zero; of so many intervals one or two are wrong by chance.
+with the paper's sign), {against} come out the other way round{missing}. An ordering comes out where the 95 % interval of
+the mean difference, taken seed by seed, is on its side of zero; of so many intervals one or two are wrong by chance.
 """
 
 HOW = """\
