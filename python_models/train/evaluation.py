@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ def column(outputs: Tensor | dict[str, Tensor], data: TaskData, task: int) -> Te
     return found if data.outputs[task] > 1 else found.squeeze(1)
 
 
-def task_metrics(outputs: Tensor | dict[str, Tensor], data: TaskData) -> dict[str, dict[str, float]]:
+def task_metrics(
+    outputs: Tensor | dict[str, Tensor], data: TaskData, losses: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
     """``{task: {metric: value}}`` over the rows that have the task's label, by their weights.
 
-    Binary: auc, log_loss, ne. Regression: mse. Multi-class: accuracy, log_loss.
+    Binary: auc, log_loss, ne. Regression: mse. Multi-class: accuracy, log_loss. losses: the tasks' by the words of
+    :class:`python_models.losses.TaskLosses`; "watch_time" predicts the exponential of its output.
     """
     found = {}
     for t, (task, kind) in enumerate(zip(data.task_names, data.kinds, strict=True)):
@@ -35,6 +39,8 @@ def task_metrics(outputs: Tensor | dict[str, Tensor], data: TaskData) -> dict[st
         if kind == "binary":
             found[task] = {name: metric(out, labels, weights) for name, metric in BINARY.items()}
         elif kind == "regression":
+            if losses and losses[t] == "watch_time":
+                out = out.double().exp()
             found[task] = {"mse": metrics.mean_squared_error(out, labels, weights)}
         else:
             found[task] = _multiclass(out, labels, weights)
