@@ -204,7 +204,7 @@ class Loop:
         if self.model.name == "ESMM":
             clicked = data.select(data.labels[:, 0].nonzero().flatten())
             logits = self.predict(clicked, self.model.conversion_logits)
-            extra = {name: metric(logits, clicked.labels[:, 1]) for name, metric in evaluation.BINARY.items()}
+            extra = evaluation.binary_metrics(logits, clicked.labels[:, 1], group=clicked.group)
             tasks[f"{data.task_names[1]} after {data.task_names[0]}"] = extra
         return {**found, "tasks": tasks}
 
