@@ -14,12 +14,12 @@ from mtlkernels.nn import ExpertMLP
 from python_models.layers import ModuleBank
 from python_models.settings import ConfigError, nearest
 from python_models.train.config import Balancing
-from python_models.train.registry import TaskModel
+from python_models.train.model import TaskModel
 
 # Said by the data, the model or other keys.
 _GIVEN = {"num_tasks", "kinds", "weighting", "measured_on", "device", "dtype"}
 # Methods whose work is on a tensor between the trunk and the tasks.
-_ON_REPRESENTATION = ("GradDrop", "RotoGrad")
+ON_REPRESENTATION = ("GradDrop", "RotoGrad")
 
 
 def _kinds() -> dict[str, type[methods.Balancer]]:
@@ -77,7 +77,7 @@ def build(config: Balancing, kinds: Sequence[str], model: TaskModel) -> Balance:
         raise ConfigError("balancing.weighting_options need a balancing.weighting")
     module = _make("name", config.name, config.options, kinds, bank, names(), weighting)
     split = None
-    if config.representation or config.name in _ON_REPRESENTATION:
+    if config.representation or config.name in ON_REPRESENTATION:
         split = bank
         if config.representation:
             parts = dict(model.named_modules())

@@ -151,8 +151,10 @@ class Loop:
         with amp:
             outputs = self.model(batch.numeric, batch.categorical, batch.domain)
         losses = self.objective(outputs, batch.labels, weights=batch.weights)
+        with amp:
+            helped = self.model.helped(losses, lambda out: self.objective(out, batch.labels, weights=batch.weights))
         active = self.objective.active(batch.weights)
-        total = self.balance(losses, penalty=self.model.penalty(), active=active)
+        total = self.balance(helped, penalty=self.model.penalty(), active=active)
         self.optimizer.step()
         self.model.after_step(self.progress.step + 1)
         return torch.stack([value.detach().double() for value in (total, *losses)])
