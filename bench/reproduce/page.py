@@ -126,7 +126,8 @@ def _how(summary: Summary) -> Iterator[str]:
     )
     if made:
         minutes = sum(line["cpu_seconds"] for line in summary.lines) / 60
-        yield f"Made with {'; '.join(made)}: {len(summary.lines)} runs, {minutes:.0f} minutes of one core.\n"
+        what = f"{'; '.join(made)}: {len(summary.lines)} runs, {minutes:.0f} minutes of one core"
+        yield _filled(words.MADE, what=what)
 
 
 def _table(summary: Summary) -> Iterator[str]:

@@ -10,9 +10,10 @@ the runs that the file has; `RESULTS=other.jsonl` begins a file of one's own and
 COMES_OUT = """\
 ## What comes out
 
-Of {total} orderings that the papers state, {clear} come out, {noise} are within the noise of the seeds ({signs} of them
-with the paper's sign), {against} come out the other way round{missing}. An ordering comes out where the 95 % interval of
-the mean difference, taken seed by seed, is on its side of zero; of so many intervals one or two are wrong by chance.
+Of {total} orderings that the papers state, {clear} come out, {noise} are within the noise of the seeds ({signs} of
+them with the paper's sign), {against} come out the other way round{missing}. An ordering comes out where the 95 %
+interval of the mean difference, taken seed by seed, is on its side of zero; of so many intervals one or two are wrong
+by chance.
 """
 
 HOW = """\
@@ -45,6 +46,11 @@ RATES = """\
 So few epochs favour the larger rate: of the table's networks it was chosen for all but {slow}. More epochs, and a wider
 grid, may change places that are close. LearnedBranching and AdaShare look for their structure in the same few epochs
 and have no second training of what they found.
+"""
+
+MADE = """\
+Made with {what}. The same code, versions and threads give the same digits again; a change that only rounds otherwise
+gives other runs of the same spread.
 """
 
 TABLE = """\

@@ -84,8 +84,6 @@ class DynamicWeightAverage(FixedWeights):
         self.temperature = float(temperature)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
-        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("known", torch.zeros(num_tasks, dtype=torch.int64))  # epochs with a mean, of each task
         for name in ("sums", "counts", "last", "before"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
 
@@ -114,11 +112,8 @@ class DynamicWeightAverage(FixedWeights):
             seen = mean.isfinite()
         self.before.copy_(torch.where(seen, self.last, self.before))
         self.last.copy_(torch.where(seen, mean, self.last))
-        self.known += seen
-        self.epoch += 1
         self.sums.zero_()
         self.counts.zero_()
-        measured = (self.known >= 2) & (self.before > _TINY)
+        measured = self.before > _TINY  # not in the first two epochs, where it is the 0 of the start
         ratio = torch.where(measured, self.last / torch.where(measured, self.before, 1), 1)
-        weights = self.num_tasks * torch.softmax(ratio / self.temperature, 0)
-        self.weights.copy_(torch.where(self.epoch >= 2, weights, 1))
+        self.weights.copy_(self.num_tasks * torch.softmax(ratio / self.temperature, 0))

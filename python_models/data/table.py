@@ -6,6 +6,7 @@
     log = ["price"]                   # of these, log(1 + x) first
     categorical = ["country", "day"]  # an embedding each; the training rows make the vocabulary
     domain = "site"                   # for networks of several domains
+    group = "user"                    # GAUC is the mean of the AUC within each
     weight = "importance"             # what a row counts
     missing = "error"                 # of dense columns; "mean" puts the training rows' mean
 
@@ -78,12 +79,13 @@ class Schema:
     log: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     domain: str = ""
+    group: str = ""
     weight: str = ""
     missing: Literal["error", "mean"] = "error"
 
     def columns(self) -> list[str]:
         """Every column that is read."""
-        found = [*self.dense, *self.categorical, self.domain, self.weight]
+        found = [*self.dense, *self.categorical, self.domain, self.group, self.weight]
         for name, task in self.tasks.items():
             found += [task.column or name, task.mask, task.weight]
         return [name for name in dict.fromkeys(found) if name]
@@ -91,7 +93,7 @@ class Schema:
     def words(self) -> list[str]:
         """The columns that are read as strings."""
         classes = [task.column or name for name, task in self.tasks.items() if task.kind == "multiclass"]
-        return [*self.categorical, *([self.domain] if self.domain else []), *classes]
+        return [*self.categorical, *(name for name in (self.domain, self.group) if name), *classes]
 
 
 def read_schema(path: str | Path) -> Schema:
@@ -210,7 +212,7 @@ def _learn(schema: Schema, files: Sequence[TableFile], rows: np.ndarray | None =
 
 def _encode(schema: Schema, files: Sequence[TableFile], encoder: TableEncoder) -> TaskData:
     columns = [_encode_file(schema, file, encoder) for file in files]
-    numeric, ids, labels, weights, domain = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    numeric, ids, labels, weights, domain, group = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     kinds = tuple(task.kind for task in schema.tasks.values())
     return TaskData(
         numeric=torch.from_numpy(numeric),
@@ -224,6 +226,7 @@ def _encode(schema: Schema, files: Sequence[TableFile], encoder: TableEncoder) -
         weights=None if (weights == 1).all() else torch.from_numpy(weights),
         domain=torch.from_numpy(domain) if schema.domain else None,
         num_domains=len(encoder.words[schema.domain]) if schema.domain else 0,
+        group=torch.from_numpy(np.unique(group, return_inverse=True)[1].reshape(-1)) if schema.group else None,
         num_classes=tuple(max(1, len(task.classes)) for task in schema.tasks.values()),
     )
 
@@ -249,7 +252,12 @@ def _encode_file(schema: Schema, file: TableFile, encoder: TableEncoder) -> tupl
     for t, (name, task) in enumerate(schema.tasks.items()):
         labels[:, t], there = _labels(file, task.column or name, task)
         weights[:, t] = whole * there * (_weights(file, task.weight) if task.weight else 1)
-    return numeric, ids, labels, weights, domain
+    group = np.zeros(rows, object)  # words here, that several files may have in common
+    if schema.group:
+        file.refuse(file.missing(schema.group), schema.group, "a group")
+        codes, names = file.strings(schema.group)
+        group = names[codes]
+    return numeric, ids, labels, weights, domain, group
 
 
 def _known(file: TableFile, column: str, words: Sequence[str]) -> np.ndarray:

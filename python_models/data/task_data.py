@@ -23,7 +23,7 @@ class TaskData:
     labels [N, T] float32, in [0, 1] when ``kind`` is "binary", any finite number when it is "regression", a class from
     0 to ``num_classes[t] - 1`` when it is "multiclass". ``kind`` is that of all tasks, or one a task.
     weights [N, T] float32, at least 0: what a label counts, 0 where it is missing (the label is 0 then); None is 1.
-    domain [N] int64 from 0 to ``num_domains - 1``, or None.
+    domain [N] int64 from 0 to ``num_domains - 1``, or None. group [N] int64, such as the row's user, for GAUC, or None.
 
     Raises ValueError where shapes, ids or labels do not fit together, and TypeError where a dtype is another one.
     """
@@ -40,6 +40,7 @@ class TaskData:
     domain: Tensor | None = None
     num_domains: int = 0
     num_classes: tuple[int, ...] = ()
+    group: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, tasks = self.labels.shape[0], len(self.task_names)
@@ -64,7 +65,11 @@ class TaskData:
         if self.weights is not None and (self.weights < 0).any():
             raise ValueError("weights: got a number below 0")
         self._check_labels()
-        self._check_domain(rows)
+        for name in ("domain", "group"):
+            self._check_ids(name, rows)
+        if self.domain is not None and rows and (self.domain.min() < 0 or self.domain.max() >= self.num_domains):
+            low, high = (int(v) for v in self.domain.aminmax())
+            raise ValueError(f"domain: got ids {low} to {high}, expected 0 to {self.num_domains - 1}")
         if rows and self.vocab_sizes:
             # An id past its field's vocabulary would read the next field's embedding in the packed table.
             sizes = torch.tensor(self.vocab_sizes, device=self.categorical.device)
@@ -89,16 +94,14 @@ class TaskData:
                 if ((labels < 0) | (labels >= classes) | (labels != labels.floor())).any():
                     raise ValueError(f"labels: task {self.task_names[t]} has a class outside 0 to {classes - 1}")
 
-    def _check_domain(self, rows: int) -> None:
-        if self.domain is None:
+    def _check_ids(self, name: str, rows: int) -> None:
+        ids = getattr(self, name)
+        if ids is None:
             return
-        if self.domain.dtype != torch.int64:
-            raise TypeError(f"domain: got dtype {self.domain.dtype}, expected torch.int64")
-        if self.domain.shape != (rows,):
-            raise ValueError(f"domain: got shape {list(self.domain.shape)}, expected [{rows}]")
-        if rows and (self.domain.min() < 0 or self.domain.max() >= self.num_domains):
-            low, high = (int(v) for v in self.domain.aminmax())
-            raise ValueError(f"domain: got ids {low} to {high}, expected 0 to {self.num_domains - 1}")
+        if ids.dtype != torch.int64:
+            raise TypeError(f"{name}: got dtype {ids.dtype}, expected torch.int64")
+        if ids.shape != (rows,):
+            raise ValueError(f"{name}: got shape {list(ids.shape)}, expected [{rows}]")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -124,7 +127,9 @@ class TaskData:
         return self._each(lambda tensor: tensor.index_select(0, index))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TaskData:
-        columns = {name: getattr(self, name) for name in ("numeric", "categorical", "labels", "weights", "domain")}
+        columns = {
+            name: getattr(self, name) for name in ("numeric", "categorical", "labels", "weights", "domain", "group")
+        }
         return replace(self, **{name: change(tensor) for name, tensor in columns.items() if tensor is not None})
 
 

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 import python_models.balancing as methods
 from mtlkernels.nn import ExpertMLP
-from python_models.data import TaskData
 from python_models.layers import ModuleBank
 from python_models.settings import ConfigError, nearest
 from python_models.train.config import Balancing
-from python_models.train.registry import TaskModel
+from python_models.train.model import TaskModel
 
 # Said by the data, the model or other keys.
 _GIVEN = {"num_tasks", "kinds", "weighting", "measured_on", "device", "dtype"}
 # Methods whose work is on a tensor between the trunk and the tasks.
-_ON_REPRESENTATION = ("GradDrop", "RotoGrad")
+ON_REPRESENTATION = ("GradDrop", "RotoGrad")
 
 
 def _kinds() -> dict[str, type[methods.Balancer]]:
@@ -67,18 +66,18 @@ class Balance:
         return self.module.backward(losses, **given)
 
 
-def build(config: Balancing, data: TaskData, model: TaskModel) -> Balance:
-    """The method that a configuration names, for a model. ConfigError naming the key."""
+def build(config: Balancing, kinds: Sequence[str], model: TaskModel) -> Balance:
+    """The method that a configuration names, for tasks by the kinds of their losses. ConfigError naming the key."""
     shared = shared_parameters(config, model)
     bank = last_bank(model)
     weighting = None
     if config.weighting:
-        weighting = _make("weighting", config.weighting, config.weighting_options, data, bank, names(weightings=True))
+        weighting = _make("weighting", config.weighting, config.weighting_options, kinds, bank, names(weightings=True))
     elif config.weighting_options:
         raise ConfigError("balancing.weighting_options need a balancing.weighting")
-    module = _make("name", config.name, config.options, data, bank, names(), weighting)
+    module = _make("name", config.name, config.options, kinds, bank, names(), weighting)
     split = None
-    if config.representation or config.name in _ON_REPRESENTATION:
+    if config.representation or config.name in ON_REPRESENTATION:
         split = bank
         if config.representation:
             parts = dict(model.named_modules())
@@ -95,7 +94,7 @@ def _make(
     key: str,
     name: str,
     chosen: dict[str, Any],
-    data: TaskData,
+    kinds: Sequence[str],
     bank: nn.Module | None,
     known: list[str],
     weighting: methods.Balancer | None = None,
@@ -107,8 +106,8 @@ def _make(
         if option not in options(name):
             raise ConfigError(f"unknown key balancing.{prefix}.{option} of {name}{nearest(option, options(name))}")
     given = {
-        "num_tasks": len(data.task_names),
-        "kinds": data.kinds,
+        "num_tasks": len(kinds),
+        "kinds": kinds,
         # GradNorm's W: the last layer below the towers.
         "measured_on": None if bank is None else list(bank.parameters())[-2:],
         "weighting": weighting,

@@ -105,7 +105,7 @@ class Lock:
 def digest(data: TaskData) -> str:
     """A fingerprint of all rows: a run goes on with the data it began with."""
     found = hashlib.blake2b(digest_size=16)
-    for tensor in (data.numeric, data.categorical, data.labels, data.weights, data.domain):
+    for tensor in (data.numeric, data.categorical, data.labels, data.weights, data.domain, data.group):
         if tensor is not None:
             found.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
             found.update(tensor.contiguous().numpy().data)

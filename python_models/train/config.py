@@ -60,13 +60,27 @@ class Towers:
 
 
 @dataclass(frozen=True)
+class Auxiliary:
+    """Second heads that help in training alone; kappa 0 is none."""
+
+    kappa: float = 0.0
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Model:
-    """Features, network and towers. `penalty` is the weight of the network's own penalty, where it has one."""
+    """Features, network and towers.
+
+    `penalty` is the weight of the network's own penalty, where it has one; `bias` names categorical columns whose
+    categories have a bias of each task's own.
+    """
 
     name: str = "MMoE"
     embedding_dim: int = 4
     options: dict[str, Any] = field(default_factory=dict)
     towers: Towers = Towers()
+    auxiliary: Auxiliary = Auxiliary()
+    bias: tuple[str, ...] = ()
     penalty: float | None = None
 
 
@@ -84,11 +98,16 @@ class Balancing:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer of torch.optim; `rates` multiplies `lr` for the parameters whose names match a pattern."""
+    """An optimizer of torch.optim.
+
+    `groups` multiplies `lr` for kinds of parameters (`python_models.balancing.param_groups`), 1 for those not said;
+    `rates` for those whose names match a pattern, which goes before the kind.
+    """
 
     name: str = "Adam"
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, Any] = field(default_factory=dict)
 
 

@@ -20,7 +20,7 @@ from python_models.train import balance, checkpoint, evaluation, registry
 from python_models.train.checkpoint import Curve, RunError
 from python_models.train.config import Config
 from python_models.train.loader import Batch, Batches
-from python_models.train.objective import Objective
+from python_models.train.objective import make_objective
 from python_models.train.setup import find_device, make_optimizer
 
 CHECKPOINT, BEST, CURVE = "checkpoint.pt", "best.pt", "losses.f64"
@@ -74,13 +74,13 @@ class Loop:
         if config.stopping.patience and not len(splits.validation):
             raise ConfigError("stopping.patience needs validation rows; there are none")
         self.device = find_device(config.train.device)
+        self.objective = make_objective(splits.train, config.losses)
         with torch.random.fork_rng(self._devices):
             self._seed()
             self.model = registry.build(config.model, splits.train).to(self.device)
-            self.balance = balance.build(config.balancing, splits.train, self.model)
+            self.balance = balance.build(config.balancing, self.objective.kinds, self.model)
             self.balancer = self.balance.module.to(self.device)
             self.random = checkpoint.random_state(self.device)
-        self.objective = Objective(splits.train, config.losses)
         self.optimizer = make_optimizer(config, self.model, self.balancer)
         self.batches = Batches(splits.train, config.train.batch_size, self.device, config.seed)
         self.progress = Progress()
@@ -150,9 +150,11 @@ class Loop:
         amp = torch.autocast(self.device.type, torch.bfloat16) if self.config.train.amp else nullcontext()
         with amp:
             outputs = self.model(batch.numeric, batch.categorical, batch.domain)
-        losses = self.objective(outputs, batch.labels, batch.weights)
-        active = None if batch.weights is None else (batch.weights > 0).any(0)
-        total = self.balance(losses, penalty=self.model.penalty(), active=active)
+        losses = self.objective(outputs, batch.labels, weights=batch.weights)
+        with amp:
+            helped = self.model.helped(losses, lambda out: self.objective(out, batch.labels, weights=batch.weights))
+        active = self.objective.active(batch.weights)
+        total = self.balance(helped, penalty=self.model.penalty(), active=active)
         self.optimizer.step()
         self.model.after_step(self.progress.step + 1)
         return torch.stack([value.detach().double() for value in (total, *losses)])
@@ -198,13 +200,13 @@ class Loop:
     def evaluate(self, data: TaskData) -> dict[str, Any]:
         """Losses and metrics on rows: {loss, losses, tasks, mean}."""
         outputs = self.predict(data)
-        losses = torch.stack(self.objective(outputs, data.labels, data.weights)).double()
-        tasks = evaluation.task_metrics(outputs, data)
+        losses = torch.stack(self.objective(outputs, data.labels, weights=data.weights)).double()
+        tasks = evaluation.task_metrics(outputs, data, self.objective.kinds)
         found = {"loss": float(losses.sum()), "losses": losses.tolist(), "mean": evaluation.mean_metrics(tasks)}
         if self.model.name == "ESMM":
             clicked = data.select(data.labels[:, 0].nonzero().flatten())
             logits = self.predict(clicked, self.model.conversion_logits)
-            extra = {name: metric(logits, clicked.labels[:, 1]) for name, metric in evaluation.BINARY.items()}
+            extra = evaluation.binary_metrics(logits, clicked.labels[:, 1], group=clicked.group)
             tasks[f"{data.task_names[1]} after {data.task_names[0]}"] = extra
         return {**found, "tasks": tasks}
 

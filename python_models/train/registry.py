@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import python_models as models
+from python_models.balancing import AuxiliaryHeads, TaskBiasEmbedding
 from python_models.data import TableFeatures, TaskData
 from python_models.layers import Blocks
-from python_models.sampling import ExponentialTemperature, InverseRootTemperature
 from python_models.settings import nearest
 from python_models.train.config import ConfigError, Model
+from python_models.train.model import PENALTIES, TaskModel
 
 # Said by the data, or no matter of a file.
 _GIVEN = {"in_features", "num_tasks", "num_domains", "task_names", "device", "dtype", "expert", "gate"}
@@ -28,6 +28,7 @@ _MORE = {
     "layers": ("activation", "dropout", "norm"),
 }
 _OWN_HEADS = ("UberNet", "MRN")  # their outputs are the tasks'
+_WHOLE = (*_OWN_HEADS, "STAR", "ESMM")  # without towers of ours
 _LEVELS = [[64], [32]]
 # Where a constructor asks for a size and the configuration names none.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,15 +52,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "STAR": {"dims": [64, 32]},
     "ESMM": {"dims": [64, 32]},
 }
-# A network's own penalty and its weight: the authors' where they say one.
-PENALTIES: dict[str, tuple[Callable[[Any], Tensor], float]] = {
-    "MRN": (lambda network: network.penalty(), 1.0),
-    "Sluice": (lambda network: network.penalty(), 0.1),
-    "SoftSharing": (lambda network: network.penalty(), 1e-4),
-    "SNRTrans": (lambda network: network.l0_penalty(), 1e-4),
-    "SNRAver": (lambda network: network.l0_penalty(), 1e-4),
-    "AdaShare": (lambda network: network.policy_loss(), 1.0),
-}
 
 
 def names() -> list[str]:
@@ -77,69 +69,6 @@ def options(name: str) -> list[str]:
         elif word not in _GIVEN | _NOT_IN_TABLES and not (name in _OWN_HEADS and word == "out_features"):
             found.append(word)
     return list(dict.fromkeys(found))
-
-
-class TaskModel(nn.Module):
-    """Rows to the tasks' outputs, and what training needs to know of the network.
-
-    ``(numeric, categorical, domain) -> [B,T]``, or ``{task: [B,n]}`` where a task has several outputs.
-
-    Attributes:
-        name: of the architecture.
-        features, network: the two parts.
-        penalty_weight: of the network's own penalty.
-    """
-
-    def __init__(self, name: str, features: TableFeatures, network: nn.Module, penalty_weight: float = 0.0) -> None:
-        super().__init__()
-        self.name, self.features, self.network, self.penalty_weight = name, features, network, penalty_weight
-
-    @property
-    def core(self) -> nn.Module:
-        """The architecture itself, without the towers on it."""
-        return self.network.fusion if isinstance(self.network, models.MultiTaskModel) else self.network
-
-    def forward(self, numeric: Tensor, categorical: Tensor, domain: Tensor | None = None, **more: Any) -> Any:
-        x = self.features(numeric, categorical)
-        if self.name == "STAR":
-            return self.network(x, domain).unsqueeze(1)
-        outputs = self.network(x, **more)
-        if self.name == "ESMM":
-            # The second task is seen on all rows: click and conversion. pCVR itself has no loss.
-            return torch.stack((outputs["pCTR"], outputs["pCTCVR"]), 1)
-        return outputs
-
-    def conversion_logits(self, numeric: Tensor, categorical: Tensor) -> Tensor:
-        """ESMM's pCVR [B], of a conversion after a click."""
-        return self.network(self.features(numeric, categorical))["pCVR"]
-
-    def penalty(self) -> Tensor | None:
-        """The network's own penalty, weighted; None where it has none."""
-        if self.name not in PENALTIES or not self.penalty_weight:
-            return None
-        return self.penalty_weight * PENALTIES[self.name][0](self.core)
-
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Schedules that depend on the epoch alone, so that a run that goes on finds them."""
-        if self.name == "LearnedBranching":
-            self.core.temperature = InverseRootTemperature(max(epochs, 1))(epoch)
-        elif self.name == "AdaShare":
-            self.core.temperature = ExponentialTemperature()(epoch)
-            self.core.live_blocks = min(len(self.core.blocks), 1 + epoch)
-
-    def after_step(self, step: int) -> None:
-        """MRN's covariances, every 100 steps."""
-        if self.name == "MRN" and step % 100 == 0:
-            self.core.update_covariances()
-
-    def task_parameters(self) -> Iterator[nn.Parameter]:
-        """Those that no two tasks share: the towers, UberNet's heads, all of ESMM but its features."""
-        if self.name == "ESMM":
-            return self.network.parameters()
-        if self.name == "UberNet":
-            shared = {id(p) for p in self.core.parameter_sets()[0]}
-            return (p for p in self.core.parameters() if id(p) not in shared)
-        return self.network.towers.parameters() if hasattr(self.network, "towers") else iter(())
 
 
 def check_data(name: str, data: TaskData) -> None:
@@ -184,12 +113,12 @@ def build(config: Model, data: TaskData) -> TaskModel:
         network = core = getattr(models, config.name)(**sizes, **chosen)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.options of {config.name}: {error}") from error
-    if config.name not in (*_OWN_HEADS, "STAR", "ESMM"):
+    if config.name not in _WHOLE:
         network = models.MultiTaskModel(core, _towers(config, core.out_features, data))
     penalty = PENALTIES.get(config.name, (None, 0.0))[1] if config.penalty is None else config.penalty
     if config.penalty and config.name not in PENALTIES:
         raise ConfigError(f"model.penalty is for {', '.join(PENALTIES)}; {config.name} has no penalty")
-    return TaskModel(config.name, features, network, penalty)
+    return TaskModel(config.name, features, network, penalty, _bias(config, data), _auxiliary(config, core, data))
 
 
 def _sizes(name: str, in_features: int, data: TaskData) -> dict[str, Any]:
@@ -211,6 +140,35 @@ def _towers(config: Model, in_features: int, data: TaskData) -> nn.Module:
         return models.Towers(in_features, len(data.task_names), **{"dims": (), **towers}, **_outputs(data))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.towers: {error}") from error
+
+
+def _bias(config: Model, data: TaskData) -> TaskBiasEmbedding | None:
+    """The tasks' own biases of some categorical columns."""
+    if not config.bias:
+        return None
+    names = list(data.categorical_names)
+    for column in config.bias:
+        if column not in names:
+            raise ConfigError(f"model.bias names {column!r}, which is no categorical column{nearest(column, names)}")
+    if config.name == "ESMM" or max(data.outputs) > 1:
+        raise ConfigError("model.bias is added to one number a task: not for ESMM, nor for tasks of several classes")
+    try:
+        return TaskBiasEmbedding(len(data.task_names), data.vocab_sizes, [names.index(c) for c in config.bias])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.bias: {error}") from error
+
+
+def _auxiliary(config: Model, core: nn.Module, data: TaskData) -> AuxiliaryHeads | None:
+    """Second heads, where the network has towers of ours."""
+    kappa, tasks = config.auxiliary.kappa, len(data.task_names)
+    if not kappa:
+        return None
+    if config.name in _WHOLE:
+        raise ConfigError(f"model.auxiliary is for networks under towers; {config.name} has its own outputs")
+    try:
+        return AuxiliaryHeads(core.out_features, tasks, config.auxiliary.dims, kappa=kappa, **_outputs(data))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.auxiliary: {error}") from error
 
 
 def _without_empty(options: Mapping[str, Any]) -> dict[str, Any]:

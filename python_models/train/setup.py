@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from python_models.balancing.groups import GROUPS, param_groups
 from python_models.settings import ConfigError, nearest
-from python_models.train.config import Config
+from python_models.train.config import Config, Optimizer
 
 
 def find_device(name: str) -> torch.device:
@@ -29,7 +30,7 @@ def find_device(name: str) -> torch.device:
 
 
 def make_optimizer(config: Config, model: torch.nn.Module, balancer: torch.nn.Module) -> torch.optim.Optimizer:
-    """Of torch.optim, by name, over all parameters; `rates` makes groups with a rate of their own.
+    """Of torch.optim, by name, over all parameters; `groups` and `rates` make groups with a rate of their own.
 
     What the balancer learns has no weight decay.
     """
@@ -46,27 +47,33 @@ def make_optimizer(config: Config, model: torch.nn.Module, balancer: torch.nn.Mo
         if option not in valid:
             raise ConfigError(f"unknown key optimizer.options.{option} of {chosen.name}{nearest(option, valid)}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: dict[float, list[Any]] = {1.0: []}
+    by_kind = _kinds_factors(chosen, model, balancer)
+    groups: dict[tuple[float, bool], list[Any]] = {}
     used = set()
     for name, parameter in named:
         pattern = next((p for p in chosen.rates if fnmatchcase(name, p)), None)
         used.add(pattern)
-        factor = 1.0 if pattern is None else chosen.rates[pattern]
+        factor = by_kind.get(id(parameter), 1.0) if pattern is None else chosen.rates[pattern]
         if (
             isinstance(factor, bool)
             or not isinstance(factor, (int, float))
             or not (factor >= 0 and math.isfinite(factor))
         ):
             raise ConfigError(f"optimizer.rates.{pattern} must be a number of at least 0; got {factor!r}")
-        groups.setdefault(float(factor), []).append(parameter)
+        groups.setdefault((float(factor), True), []).append(parameter)
     for pattern in chosen.rates:
         if pattern not in used:
             raise ConfigError(
                 f"optimizer.rates.{pattern} matches no parameter{nearest(pattern, [n for n, _ in named])}"
             )
-    lists = [{"params": params, "lr": chosen.lr * factor} for factor, params in groups.items() if params]
-    if learned := [p for p in balancer.parameters() if p.requires_grad]:
-        lists.append({"params": learned, **({"weight_decay": 0.0} if "weight_decay" in valid else {})})
+    for parameter in balancer.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((by_kind.get(id(parameter), 1.0), False), []).append(parameter)
+    lists = [
+        {"params": params, "lr": chosen.lr * factor}
+        | ({} if decayed or "weight_decay" not in valid else {"weight_decay": 0.0})
+        for (factor, decayed), params in groups.items()
+    ]
     options = dict(chosen.options)
     if "fused" in valid and not {"fused", "foreach", "capturable"} & set(options):
         options["fused"] = True
@@ -74,3 +81,17 @@ def make_optimizer(config: Config, model: torch.nn.Module, balancer: torch.nn.Mo
         return kinds[chosen.name](lists, lr=chosen.lr, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.options of {chosen.name}: {error}") from error
+
+
+def _kinds_factors(chosen: Optimizer, model: torch.nn.Module, balancer: torch.nn.Module) -> dict[int, float]:
+    """{id of a parameter: the factor of its kind}, where the configuration says any."""
+    if not chosen.groups:
+        return {}
+    for name in chosen.groups:
+        if name not in GROUPS:
+            raise ConfigError(f"unknown key optimizer.groups.{name}{nearest(name, GROUPS)}")
+    try:
+        found = param_groups(model, 1.0, {**dict.fromkeys(GROUPS, 1.0), **chosen.groups}, also=[balancer])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.groups: {error}") from error
+    return {id(parameter): float(group["lr"]) for group in found for parameter in group["params"]}

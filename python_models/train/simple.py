@@ -94,7 +94,7 @@ def predict(model: nn.Module, data: TaskData, *, batch_size: int = 8192) -> Tens
 
 
 def evaluate(model: nn.Module, data: TaskData, *, batch_size: int = 8192) -> dict[str, dict[str, float]]:
-    """``{task: {auc, log_loss, ne}}`` for binary tasks, ``{task: {mse}}`` for regression."""
+    """``{task: {auc, log_loss, ne, calibration}}`` for binary tasks, ``{task: {mse}}`` for regression."""
     return task_metrics(predict(model, data, batch_size=batch_size), data)
 
 

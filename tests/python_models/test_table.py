@@ -16,6 +16,7 @@ dense = ["age", "price"]
 log = ["price"]
 categorical = ["country", "day"]
 domain = "site"
+group = "user"
 weight = "importance"
 
 [files]
@@ -47,6 +48,7 @@ def frame(rows: int = 9, seed: int = 0) -> "pd.DataFrame":
             "country": np.array(["de", "fr", "é x", "NA"], object)[random.integers(0, 4, rows)],
             "day": random.integers(1, 8, rows),
             "site": np.array(["b", "a"], object)[np.arange(rows) % 2],
+            "user": np.array(["u", "v", "w"], object)[np.arange(rows) % 3],
             "importance": random.integers(1, 4, rows) / 2,
             "click": click,
             "seconds": np.where(click == 1, random.random(rows) * 60, np.nan),
@@ -83,6 +85,7 @@ def test_every_column_is_what_the_schema_says(name, tmp_path):
     assert data.categorical[:, 0].tolist() == [countries.index(c) + 1 for c in table["country"]]
     assert data.categorical[:, 1].tolist() == [days.index(str(d)) + 1 for d in table["day"]]
     assert data.domain.tolist() == [1, 0] * 4 + [1] and data.num_domains == 2
+    assert data.group.tolist() == [0, 1, 2] * 3
     assert data.kinds == ("binary", "regression", "multiclass") and data.outputs == (1, 1, 3)
     classes = ["news", "sport", "art"]
     there = [c in classes for c in table["topic"]]
@@ -103,6 +106,7 @@ def test_other_files_are_read_through_what_the_training_rows_say(tmp_path):
     splits, encoder = load_table(put(tmp_path, table, files='train = "rows.csv"\ntest = ["other.csv", "rows.csv"]'))
     assert len(splits.test) == 14 and not len(splits.validation)
     assert splits.test.categorical[1, 0] == 0 and splits.test.vocab_sizes == splits.train.vocab_sizes
+    assert splits.test.group.tolist() == [0, 1, 2, 0, 1] + [0, 1, 2] * 3  # of both files
     assert torch.equal(splits.test.select(np.arange(5, 14)).numeric, splits.train.numeric)
     mean = (other["age"] - table["age"].mean()) / table["age"].std(ddof=0)
     np.testing.assert_allclose(splits.test.numeric[:5, 0], mean, rtol=1e-5)
@@ -267,7 +271,7 @@ def test_the_command_trains_on_it(name, tmp_path):
     }
     found = train(make({"out": str(tmp_path / "a"), **small}))
     assert {task: set(values) for task, values in found["metrics"]["test"]["tasks"].items()} == {
-        "click": {"auc", "log_loss", "ne"},
+        "click": {"auc", "log_loss", "ne", "calibration", "gauc"},
         "stay": {"mse"},
         "topic": {"accuracy", "log_loss"},
     }

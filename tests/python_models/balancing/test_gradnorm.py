@@ -90,11 +90,29 @@ def test_inactive_tasks_are_in_no_mean():
 
 
 def test_equal_norms_stay_with_alpha_0():
-    w = torch.tensor([3.0, -1.0, 7.0], requires_grad=True)
-    for tasks in (2, 3, 5, 8):
-        balancer = GradNorm(tasks, alpha=0.0)
-        balancer.backward([(w * w).sum() / 3 for _ in range(tasks)], shared=[w])
-        assert (balancer.weights == 1).all()
+    """Exactly: what rounding leaves of a mean of equal w n is no difference, whose sign would be a whole step."""
+    for tasks in (2, 3, 7, 11, 13):
+        balancer = GradNorm(tasks, alpha=0.0).double()
+        start = 2.0 ** (torch.arange(tasks, dtype=torch.float64) % 4)
+        balancer.weights.copy_(start)
+        for seed in range(8):
+            w = torch.randn(1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+            losses = w.square() / start
+            balancer.observe(losses, shared=[w])
+        assert torch.equal(balancer.weights, start)
+
+
+@pytest.mark.parametrize("above", [1e-3, -1e-3])
+def test_the_sign_turns_at_the_target(above):
+    """r = (1.2, 0.8) and a mean of 1: the first target is 1.2^2, wherever the task without labels stands."""
+    norms = torch.tensor([1.44 + above, 0.56 - above, 50.0], dtype=torch.float64)
+    balancer = GradNorm(3, alpha=2.0, lr=0.1, initial=1.0).double()
+    balancer.initial.copy_(norms / torch.tensor([1.2, 0.8, 9.0], dtype=torch.float64))
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    balancer.backward(norms * w, shared=[w], active=torch.tensor([True, True, False]))
+    first, second = 1 - math.copysign(0.1, above) * norms[0].item(), 1 + 0.1 * norms[1].item()
+    share = 2 / (first + second)
+    np.testing.assert_allclose(balancer.weights.numpy(), [first * share, second * share, 1], rtol=1e-12)
 
 
 def test_the_norms_become_equal():
@@ -143,6 +161,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(bad):
     kept = balancer.weights.clone()
     balancer.backward([w.sum(), bad * w.prod()], shared=[w])
     assert torch.equal(balancer.weights, kept) and (kept != 1).all()
+    losses = [w.sum(), (w.sum() - 2).abs().sqrt()]  # 0, with an infinite slope
+    balancer.backward(losses, shared=[w])
+    assert torch.isfinite(torch.stack(losses)).all() and torch.equal(balancer.weights, kept)
 
 
 def test_a_first_loss_of_0_and_zero_gradients():

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from python_models.data import make_synthetic
-from python_models.train import balance
+from python_models.data import Splits, make_synthetic
+from python_models.train import balance, registry
 from python_models.train.config import Balancing, ConfigError, Model
 from python_models.train.loop import CURVE, Loop
 from python_models.train.registry import build
@@ -14,12 +14,30 @@ from python_models.train.registry import build
 from .runs import splits_for
 
 
-@pytest.mark.parametrize("network", ["MMoE", "SharedBottom", "UberNet"])
+@pytest.mark.parametrize("network", registry.names())
 @pytest.mark.parametrize("name", balance.names())
-def test_every_method_trains_and_goes_on(name, network, small, tmp_path):
-    """Two epochs at once, and with a stop in the first: the same curve, and losses that are numbers."""
-    config = small(balancing={"name": name}, model={"name": network, "options": {}})
+def test_every_method_trains_every_network(name, network, small, tmp_path):
+    """A few steps: losses that are numbers, and parameters that move. Or the key that the pair leaves open."""
+    config = small(balancing={"name": name}, model={"name": network}, train={"epochs": 1})
     splits = splits_for(network)
+    none = splits.train.select(torch.arange(0))
+    try:
+        loop = Loop(config, Splits(splits.train, none, none), tmp_path)
+    except ConfigError as error:
+        assert name in balance.ON_REPRESENTATION and "balancing.representation must name" in str(error)
+        return
+    before = {key: p.detach().clone() for key, p in loop.model.named_parameters()}
+    assert not loop.run(lambda: loop.progress.step == 3)
+    assert loop.curve.read().isfinite().all() and len(loop.curve.read()) == 3
+    # Learned branching warms up in its first epoch, with all parents alike.
+    still = [key for key, p in loop.model.named_parameters() if torch.equal(before[key], p)]
+    assert not [key for key in still if not key.endswith("theta")]
+
+
+@pytest.mark.parametrize("name", balance.names())
+def test_every_method_goes_on(name, small, tmp_path):
+    """Two epochs at once, and with a stop in the first: the same curve."""
+    config, splits = small(balancing={"name": name}), splits_for("MMoE")
     curves = []
     for part, stop in (("whole", None), ("cut", 4)):
         folder = tmp_path / part
@@ -28,18 +46,14 @@ def test_every_method_trains_and_goes_on(name, network, small, tmp_path):
             cut = Loop(config, splits, folder)
             assert not cut.run(lambda cut=cut: cut.progress.step == 4)
         loop = Loop(config, splits, folder)
-        before = [p.detach().clone() for p in loop.model.parameters()]
         assert loop.run()
         assert loop.curve.read().isfinite().all() and len(loop.curve.read()) == 12
-        assert any(not torch.equal(a, b) for a, b in zip(before, loop.model.parameters(), strict=True))
         curves.append((folder / CURVE).read_bytes())
     assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("name", [n for n in balance.names() if n not in balance.names(weightings=True)])
 def test_a_weighting_under_it(name, small, tmp_path):
-    if "UncertaintyWeighting" not in balance.names():
-        pytest.skip("no weighting to put there")
     config = small(balancing={"name": name, "weighting": "UncertaintyWeighting"})
     loop = Loop(config, splits_for("MMoE"), tmp_path)
     assert loop.run() and loop.curve.read().isfinite().all()
@@ -77,12 +91,10 @@ def test_what_tasks_share():
 def test_errors_name_the_key(config, message):
     data = make_synthetic((20, 0, 0), 5, binary="bernoulli").train
     with pytest.raises(ConfigError, match=message):
-        balance.build(config, data, build(Model(), data))
+        balance.build(config, data.kinds, build(Model(), data))
 
 
 def test_what_is_learned_has_no_weight_decay(small, tmp_path):
-    if "UncertaintyWeighting" not in balance.names():
-        pytest.skip("nothing that learns")
     options = {"weight_decay": 0.1}
     config = small(balancing={"name": "UncertaintyWeighting"}, optimizer={"name": "AdamW", "options": options})
     loop = Loop(config, splits_for("MMoE"), tmp_path)

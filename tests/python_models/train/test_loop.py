@@ -293,11 +293,29 @@ def test_losses_of_ones_choice(small, tmp_path):
     each = torch.stack((distance[:, 0].square(), huber[:, 1]), 1)
     found = torch.stack(whole.objective(outputs, labels)).double()
     torch.testing.assert_close(found, each.mean(0), rtol=1e-6, atol=0)
-    found = torch.stack(whole.objective(outputs, labels, weights)).double()
+    found = torch.stack(whole.objective(outputs, labels, weights=weights)).double()
     torch.testing.assert_close(found, (weights * each).sum(0) / weights.double().sum(0), rtol=1e-6, atol=0)
     for losses, message in (
         ({"task_3": "huber"}, "losses.task_3: there is no such task; did you mean"),
         ({"task_1": "binary"}, "losses.task_1 is 'binary', of a regression task; expected one of mse, huber"),
+        ({"task_1": {"name": "huber", "dleta": 2}}, "unknown key losses.task_1.dleta; did you mean 'delta'"),
+        ({"task_1": {"name": "huber", "delta": 0}}, "losses.task_1.delta must be positive"),
+        ({"task_1": "watch_time"}, "losses.task_1 is 'watch_time', whose labels are times; some are below 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             Loop(small(losses=losses), splits, tmp_path)
+
+
+def test_watch_time(small, tmp_path):
+    """A task that predicts a time: its loss is the weighted logistic one, its error that of exp(output)."""
+    made = make_synthetic((96, 48, 48), 6)
+    times = [replace(p, labels=p.labels.clamp_min(0)) for p in (made.train, made.validation, made.test)]
+    losses = {"task_1": "watch_time", "task_2": {"name": "huber", "delta": 0.25}}
+    loop = Loop(small(losses=losses), Splits(*times), tmp_path)
+    assert loop.run() and loop.objective.delta[1] == 0.25
+    found, rows = loop.evaluate(times[2]), times[2]
+    out, labels = loop.predict(rows)[:, 0].double(), rows.labels[:, 0].double()
+    softplus = torch.nn.functional.softplus
+    loss = torch.where(labels > 0, labels * softplus(-out), softplus(out)).mean()
+    assert found["losses"][0] == pytest.approx(float(loss), rel=1e-5)
+    assert found["tasks"]["task_1"]["mse"] == pytest.approx(float((out.exp() - labels).square().mean()), rel=1e-6)

@@ -114,5 +114,6 @@ def test_tasks_of_several_classes(name, small, tmp_path):
     loop = Loop(config, splits, tmp_path)
     assert loop.run()
     found = loop.progress.history[-1]["tasks"]
-    assert set(found["click"]) == {"auc", "log_loss", "ne"} and set(found["topic"]) == {"accuracy", "log_loss"}
+    assert set(found["click"]) == {"auc", "log_loss", "ne", "calibration"}
+    assert set(found["topic"]) == {"accuracy", "log_loss"}
     assert Loop(config, splits, tmp_path).progress.step == loop.steps
