@@ -9,6 +9,7 @@
 #   PARTS=bench,tune      for gpu-check: some of build, device, tests, slow, sanitizer, bench and tune (default: all of them)
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
+#   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash
@@ -95,7 +96,7 @@ gpu-check: $(STAMP)
 
 reproduce: build
 	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }
-	$(PY) -m bench.census --data "$(DATA)"
+	$(PY) -m bench.reproduce --data "$(DATA)" $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:
 	rm -rf build dist *.egg-info mtlkernels/lib mtlkernels/_build_info*.so bench/out

@@ -13,10 +13,13 @@ from pathlib import Path
 def programs() -> dict[str, str]:
     """The modules that can be run, each with the first line of what it says of itself."""
     found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in sorted((*here.glob("[!_]*.py"), *here.glob("*/__main__.py"))):
         text = path.read_text()
-        if not path.name.startswith("_") and "\ndef main(" in text:
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+        if "\ndef main(" in text:
+            found[path.parent.name if path.stem == "__main__" else path.stem] = (
+                ast.get_docstring(ast.parse(text)) or ""
+            ).split("\n")[0]
     return found
 
 

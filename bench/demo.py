@@ -1,4 +1,4 @@
-"""Trains AdaTT and MMoE, and sets one training step beside the same network as people write it.
+"""Trains AdaTT-sp and MMoE of two levels, and sets one training step beside the same network as people write it.
 
     python -m bench.demo [--data PATH]
 
@@ -16,17 +16,20 @@ from typing import Any
 
 import torch
 
-from bench import calibrate, census
+from bench import calibrate
 from bench.contest import COMPILED, OURS, Task
 from bench.picture import LABELS, draw
 from bench.report import console as report_console
 from bench.report import step_table
+from bench.reproduce.plan import CENSUS, TABLE
+from bench.reproduce.training import model_config
 from bench.step import measure_step
 from bench.tables import Console, Table
 from python_models.data import CensusFileError, Splits, load_census, make_synthetic
-from python_models.train import evaluate, fit
+from python_models.train import evaluate, fit, registry
 
 EPOCHS = 5
+NETWORKS = ("AdaTT-sp", "ML-MMoE")
 LEARNING_RATE = 1e-3
 SYNTHETIC_ROWS = (30_000, 2_000, 20_000)
 STEP_VARIANTS = (OURS, "unbind", COMPILED)
@@ -42,12 +45,13 @@ def load(path: Path | None) -> tuple[str, Splits]:
 def train(splits: Splits, epochs: int, console: Console) -> dict[str, Any]:
     """Trains every network on the training rows: {network: {test, seconds, parameters}}."""
     found = {}
-    for name in census.NETWORKS:
-        model = census.build(name, splits.train, seed=0)
+    for name in NETWORKS:
+        torch.manual_seed(0)
+        model = registry.build(model_config(TABLE[name], len(splits.train)), splits.train)
         parameters = sum(p.numel() for p in model.parameters())
         console.print(f"{name}: {parameters:,} parameters, {len(splits.train):,} rows, {epochs} epochs")
         start = time.perf_counter()
-        fit(model, splits.train, epochs=epochs, batch_size=census.BATCH, lr=LEARNING_RATE, progress=True)
+        fit(model, splits.train, epochs=epochs, batch_size=CENSUS.batch, lr=LEARNING_RATE, progress=True)
         seconds = time.perf_counter() - start
         found[name] = {"test": evaluate(model, splits.test), "seconds": seconds, "parameters": parameters}
     return found
@@ -91,7 +95,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     draw(records, machine, args.out / "demo.png")
     seconds = time.perf_counter() - began
-    result = {"data": name, "machine": machine, "epochs": args.epochs, "lr": LEARNING_RATE, "batch": census.BATCH}
+    result = {"data": name, "machine": machine, "epochs": args.epochs, "lr": LEARNING_RATE, "batch": CENSUS.batch}
     result |= {"networks": trained, "step": records, "seconds": seconds}
     (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"{args.out / 'demo.png'}, {args.out / 'demo.json'}, {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""Metrics of binary tasks, in float64: AUC, log loss, normalised entropy; and the squared error of regression."""
+"""Metrics in float64. Binary tasks: AUC, GAUC, log loss, normalised entropy, calibration; regression: squared error."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ def auc(scores: Vector, labels: Vector, weights: Vector | None = None) -> float:
     labels [N], 0 or 1; weights [N], at least 0. NaN when a class is missing or a score is NaN. Raises ValueError.
     """
     scores, labels, weights = _vectors(scores, labels, weights)
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("labels: got a value other than 0 and 1")
+    _check_classes(labels)
     if scores.isnan().any():
         return math.nan
     _, group = torch.unique(scores, return_inverse=True)
     groups = int(group.max()) + 1 if len(group) else 0
-    positive = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, weights * labels)
-    negative = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, weights * (1 - labels))
+    positive, negative = _sums(group, groups, weights * labels), _sums(group, groups, weights * (1 - labels))
     pairs = float(positive.sum() * negative.sum())
     if pairs == 0:
         return math.nan
@@ -33,11 +31,41 @@ def auc(scores: Vector, labels: Vector, weights: Vector | None = None) -> float:
     return float((positive * below).sum()) / pairs
 
 
+def gauc(scores: Vector, labels: Vector, groups: Vector, weights: Vector | None = None) -> float:
+    """AUC inside every group (a user, a session), their mean by the groups' weight (Zhou et al., KDD 2018, section 5).
+
+    As :func:`auc`, with groups [N], any numbers. A group counts as many times as the weights of its rows, or its rows,
+    say; one in which a class is missing has no AUC and is left out. NaN where that leaves nothing, or a score is NaN.
+    Raises ValueError.
+    """
+    scores, labels, weights = _vectors(scores, labels, weights)
+    _check_classes(labels)
+    groups = torch.as_tensor(groups).detach().cpu()
+    if groups.shape != scores.shape:
+        raise ValueError(f"groups: got shape {list(groups.shape)}, expected {list(scores.shape)}, one a score")
+    if scores.isnan().any():
+        return math.nan
+    names, group = torch.unique(groups, return_inverse=True)
+    order = scores.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    group, scores, labels, weights = group[order], scores[order], labels[order], weights[order]
+    first = torch.ones(len(scores), dtype=torch.bool)  # of the rows of one group and one score
+    first[1:] = (group[1:] != group[:-1]) | (scores[1:] != scores[:-1])
+    tie, owner = first.cumsum(0) - 1, group[first]
+    positive, negative = _sums(tie, len(owner), weights * labels), _sums(tie, len(owner), weights * (1 - labels))
+    all_negative = _sums(owner, len(names), negative)
+    before = all_negative.cumsum(0) - all_negative
+    below = negative.cumsum(0) - 0.5 * negative - before[owner]
+    pairs = _sums(owner, len(names), positive) * all_negative
+    won, size = _sums(owner, len(names), positive * below), _sums(group, len(names), weights)
+    kept = pairs > 0
+    return _mean(won[kept] / pairs[kept], size[kept])
+
+
 def log_loss(logits: Vector, labels: Vector, weights: Vector | None = None) -> float:
     """Weighted mean cross-entropy in nats, from logits [N] and labels [N] in [0, 1]; NaN over no weight."""
     logits, labels, weights = _vectors(logits, labels, weights)
-    if not ((labels >= 0) & (labels <= 1)).all():
-        raise ValueError("labels: got a value outside [0, 1]")
+    _check_soft(labels)
     zero = torch.zeros((), dtype=torch.float64)
     # From two softplus, so that nothing cancels; selected, so that an infinite logit on the right side costs 0.
     as_positive = torch.where(labels > 0, labels * torch.logaddexp(-logits, zero), zero)
@@ -59,10 +87,36 @@ def normalized_entropy(logits: Vector, labels: Vector, weights: Vector | None = 
     return loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
+def calibration(logits: Vector, labels: Vector, weights: Vector | None = None) -> float:
+    """Weighted mean of the predicted chances over that of the labels, from logits [N] and labels [N] in [0, 1].
+
+    1 is calibrated on the whole, above 1 is too sure of the positives (He et al. 2014). NaN where no label is positive.
+    """
+    logits, labels, weights = _vectors(logits, labels, weights)
+    _check_soft(labels)
+    rate = _mean(labels, weights)
+    return _mean(logits.sigmoid(), weights) / rate if rate > 0 else math.nan
+
+
 def mean_squared_error(predictions: Vector, labels: Vector, weights: Vector | None = None) -> float:
     """Weighted mean of ``(prediction - label)^2``; NaN over no weight."""
     predictions, labels, weights = _vectors(predictions, labels, weights)
     return _mean((predictions - labels) ** 2, weights)
+
+
+def _check_classes(labels: Tensor) -> None:
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels: got a value other than 0 and 1")
+
+
+def _check_soft(labels: Tensor) -> None:
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError("labels: got a value outside [0, 1]")
+
+
+def _sums(index: Tensor, count: int, values: Tensor) -> Tensor:
+    """The sums of the values that share an index, float64 [count]."""
+    return torch.zeros(count, dtype=torch.float64).index_add_(0, index, values)
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

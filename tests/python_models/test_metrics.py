@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from python_models.metrics import auc, log_loss, mean_squared_error, normalized_entropy
+from python_models.metrics import auc, calibration, gauc, log_loss, mean_squared_error, normalized_entropy
 
 INF, NAN = math.inf, math.nan
 
@@ -34,7 +34,7 @@ def test_auc_counts_pairs_with_ties_and_weights(levels, weighted):
         assert auc(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(expected, abs=1e-14)
 
 
-def test_auc_and_log_loss_agree_with_scikit_learn():
+def test_metrics_agree_with_scikit_learn():
     reference = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     logits, labels, weights = rng.normal(size=20_000), rng.integers(0, 2, 20_000), rng.random(20_000)
@@ -44,9 +44,61 @@ def test_auc_and_log_loss_agree_with_scikit_learn():
         assert auc(logits, labels, w) == pytest.approx(
             reference.roc_auc_score(labels, logits, sample_weight=w), abs=1e-12
         )
-        assert log_loss(logits, labels, w) == pytest.approx(
-            reference.log_loss(labels, chances, sample_weight=w), rel=1e-12
-        )
+        loss = reference.log_loss(labels, chances, sample_weight=w)
+        assert log_loss(logits, labels, w) == pytest.approx(loss, rel=1e-12)
+        rate = np.full(len(labels), np.average(labels, weights=w))
+        base = reference.log_loss(labels, rate, sample_weight=w)
+        assert normalized_entropy(logits, labels, w) == pytest.approx(loss / base, rel=1e-12)
+        squared = reference.mean_squared_error(labels, logits, sample_weight=w)
+        assert mean_squared_error(logits, labels, w) == pytest.approx(squared, rel=1e-12)
+        ratio = np.average(chances, weights=w) / np.average(labels, weights=w)
+        assert calibration(logits, labels, w) == pytest.approx(ratio, rel=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gauc_is_the_weighted_mean_of_scikit_learns_auc_in_every_group(weighted):
+    reference = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(1)
+    groups = rng.integers(-3, 40, 3000)
+    scores, labels = np.round(rng.normal(size=3000), 1), rng.integers(0, 2, 3000)
+    labels[groups == 7], labels[groups == 8] = 0, 1  # no AUC in these two
+    weights = rng.random(3000) * (rng.random(3000) > 0.1) if weighted else np.ones(3000)
+    found = []
+    for name in np.unique(groups):
+        rows = groups == name
+        if len(np.unique(labels[rows])) == 2:
+            area = reference.roc_auc_score(labels[rows], scores[rows], sample_weight=weights[rows])
+            found.append((area, weights[rows].sum()))
+    areas, sizes = np.array(found).T
+    given = (torch.tensor(scores), torch.tensor(labels), torch.tensor(groups))
+    assert gauc(*given, weights if weighted else None) == pytest.approx(np.average(areas, weights=sizes), abs=1e-12)
+
+
+def test_gauc_by_hand_and_of_one_group():
+    scores, labels = np.array([1.0, 2.0, 5.0, 4.0, 4.0, 0.0]), np.array([0, 1, 0, 1, 0, 0])
+    # Of users 1 (the first two rows) and 2 (the next three) the areas are 1 and 1/4; user 3 has one class.
+    users = np.array([1, 1, 2, 2, 2, 3])
+    assert gauc(scores, labels, users) == pytest.approx((2 * 1 + 3 * 0.25) / 5, rel=1e-15)
+    assert gauc(scores, labels, np.zeros(6)) == pytest.approx(auc(scores, labels), rel=1e-15)
+    assert gauc(np.array([-INF, INF]), np.array([0, 1]), users[:2]) == 1
+
+
+@pytest.mark.parametrize(("scores", "groups"), [([], []), ([1.0, 2.0], [0, 1]), ([NAN, 2.0], [0, 0])])
+def test_gauc_is_nan_without_a_group_of_both_classes_or_with_nan_scores(scores, groups):
+    assert math.isnan(gauc(np.array(scores, float), np.arange(len(scores)), np.array(groups)))
+
+
+def test_gauc_names_bad_groups():
+    with pytest.raises(ValueError, match=r"groups: got shape \[1\], expected \[2\]"):
+        gauc(np.array([1.0, 2.0]), np.array([0, 1]), np.array([1]))
+
+
+def test_calibration():
+    labels = np.array([1.0, 0.0, 0.0, 0.0])
+    assert calibration(np.full(4, -math.log(3)), labels) == pytest.approx(1, rel=1e-14)
+    assert calibration(np.zeros(4), labels) == 2
+    assert calibration(np.array([INF, -INF, 0.0, NAN]), labels, np.array([1.0, 1.0, 2.0, 0.0])) == 2
+    assert math.isnan(calibration(np.zeros(2), np.zeros(2))) and math.isnan(calibration(np.zeros(0), np.zeros(0)))
 
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0, 2.0, 3.0], [-INF, 0.0, 0.0, INF]])
@@ -116,7 +168,7 @@ def test_mean_squared_error():
         (([1.0], [2.0]), "labels"),
     ],
 )
-@pytest.mark.parametrize("metric", [auc, log_loss])
+@pytest.mark.parametrize("metric", [auc, log_loss, calibration, lambda s, y, w=None: gauc(s, y, np.zeros(len(s)), w)])
 def test_bad_arguments_are_named(metric, arguments, message):
     with pytest.raises(ValueError, match=message):
         metric(*(np.array(a) for a in arguments))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from python_models import metrics
 from python_models.data.task_data import TaskData
+from python_models.train.evaluation import task_metrics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,6 +46,11 @@ def fit(
     """
     if batch_size < 1 or epochs < 0:
         raise ValueError(f"got batch_size {batch_size} and epochs {epochs}, expected at least 1 and at least 0")
+    if loss is None and (data.kind not in ("binary", "regression") or data.weights is not None):
+        raise ValueError(
+            "data: tasks of several kinds or classes, or labels with weights, need a loss of their own, or the command "
+            "python -m python_models.train"
+        )
     numeric, categorical, labels = _move(model, data)
     device = labels.device
     loss = loss or (binary_loss if data.kind == "binary" else squared_loss)
@@ -89,13 +94,8 @@ def predict(model: nn.Module, data: TaskData, *, batch_size: int = 8192) -> Tens
 
 
 def evaluate(model: nn.Module, data: TaskData, *, batch_size: int = 8192) -> dict[str, dict[str, float]]:
-    """``{task: {auc, log_loss, ne}}`` for binary tasks, ``{task: {mse}}`` for regression."""
-    outputs = predict(model, data, batch_size=batch_size)
-    table = {"mse": metrics.mean_squared_error}
-    if data.kind == "binary":
-        table = {"auc": metrics.auc, "log_loss": metrics.log_loss, "ne": metrics.normalized_entropy}
-    columns = zip(data.task_names, outputs.unbind(1), data.labels.unbind(1), strict=True)
-    return {task: {name: metric(out, label) for name, metric in table.items()} for task, out, label in columns}
+    """``{task: {auc, log_loss, ne, calibration}}`` for binary tasks, ``{task: {mse}}`` for regression."""
+    return task_metrics(predict(model, data, batch_size=batch_size), data)
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop: it learns, it repeats itself exactly, and it leaves the caller's random state alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from python_models import AdaTT, MMoE, MultiTaskModel, Towers
 from python_models.data import TableFeatures, TableModel, TaskData, make_synthetic
-from python_models.train import evaluate, fit, predict
+from python_models.train import binary_loss, evaluate, fit, predict
 
 ROWS, FIELDS, TASKS = 600, 3, 2
 
@@ -144,6 +145,10 @@ def test_no_rows_and_progress_bar(capsys):
     assert "loss" in capsys.readouterr().out
     with pytest.raises(ValueError, match="batch_size"):
         fit(model, empty, batch_size=0)
+    weighted = replace(table(50), weights=torch.ones(50, TASKS))
+    with pytest.raises(ValueError, match="data: .* need a loss of their own"):
+        fit(model, weighted)
+    assert fit(model, weighted, loss=binary_loss).shape == (1,)
 
 
 def test_features_are_one_embedding_a_field():
