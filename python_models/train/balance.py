@@ -18,12 +18,14 @@ from python_models.train.model import TaskModel
 
 # Said by the data, the model or other keys.
 _GIVEN = {"num_tasks", "kinds", "weighting", "measured_on", "device", "dtype"}
+# Bases of others; and RotoGrad, whose rotations the loop has to put between the trunk and the towers itself.
+_NOT_BY_NAME = ("Balancer", "GradientMethod", "RotoGrad")
 # Methods whose work is on a tensor between the trunk and the tasks.
-ON_REPRESENTATION = ("GradDrop", "RotoGrad")
+ON_REPRESENTATION = ("GradDrop",)
 
 
 def _kinds() -> dict[str, type[methods.Balancer]]:
-    public = {name: getattr(methods, name) for name in methods.__all__ if name != "Balancer"}
+    public = {name: getattr(methods, name) for name in methods.__all__ if name not in _NOT_BY_NAME}
     return {name: kind for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, methods.Balancer)}
 
 
@@ -99,6 +101,8 @@ def _make(
     known: list[str],
     weighting: methods.Balancer | None = None,
 ) -> methods.Balancer:
+    if name == "RotoGrad":
+        raise ConfigError(f"balancing.{key}: RotoGrad rotates what the towers read; use it in a loop of your own")
     if name not in known:
         raise ConfigError(f"balancing.{key} is {name!r}{nearest(name, known)}")
     words, prefix = _words(name), "options" if key == "name" else "weighting_options"
