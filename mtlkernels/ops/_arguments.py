@@ -19,6 +19,14 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def check_dense(**tensors: object) -> None:
+    """Raises TypeError for a sparse or a nested tensor, naming it: the shapes of those do not say where numbers lie."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout is not torch.strided):
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor; got {kind}")
+
+
 def check_weight_dtype(x: Tensor, weight: Tensor) -> None:
     """x is floating point, and weight has its dtype, or is float32 beside a 16-bit x under autocast."""
     if x.dtype not in FLOATS:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._arguments import FLOATS
+from ._arguments import FLOATS, check_dense
 
 # What the kernels read as it is; other integers are converted.
 _READ = (*FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)
@@ -14,6 +14,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     """Raises TypeError unless logits is a tensor of a dtype that the losses are defined for."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
+    check_dense(**{name: logits})
     if logits.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {logits.dtype}")
 
@@ -22,6 +23,7 @@ def as_target(name: str, target: Tensor, logits: Tensor, logits_name: str) -> Te
     """The target as the kernels read it; TypeError or ValueError, naming the argument, where it does not fit logits."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(target).__name__}")
+    check_dense(**{name: target})
     if target.shape != logits.shape:
         raise ValueError(f"{name} must have the shape of {logits_name}, {tuple(logits.shape)}; "
                          f"got {tuple(target.shape)}")  # fmt: skip

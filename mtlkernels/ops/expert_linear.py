@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import expert_linear as _plain
-from ._arguments import ACTIVATIONS, autocast, check_activation, check_weight_dtype
+from ._arguments import ACTIVATIONS, autocast, check_activation, check_dense, check_weight_dtype
 from ._operator import Grads, Operator
 
 _NAMES = {None: "", **{name: name for name in ACTIVATIONS}}
@@ -72,6 +72,7 @@ def _check(
     """Raises what does not fit; returns experts_per_unit as a list, or None where every unit has one expert."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         raise TypeError("x, weight and bias must be tensors (bias may be None)")
+    check_dense(x=x, weight=weight, bias=bias)
     xs, ws = x.shape, weight.shape
     if len(ws) != 3:
         raise ValueError(f"weight must be [E,N,K], three dimensions; got shape {tuple(ws)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import expert_mix as _plain
-from ._arguments import autocast
+from ._arguments import autocast, check_dense
 from ._operator import Grads, Operator
 from .expert_linear import _check as _check_linear
 from .mix import _check as _check_mix
@@ -64,6 +64,7 @@ def expert_mix(
         columns = routes.columns
         if columns.device != x.device:
             raise ValueError(f"routes is on {columns.device}, x on {x.device}: use routes.to(device)")
+    check_dense(logits=logits, static=static, mask=mask)
     if isinstance(static, Tensor) and static.dim() == 3:
         raise ValueError("static must be [T,E], or packed [R] with routes; a weight a channel, [T,E,D], is not fused: "
                          f"call mix on expert_linear's output; got shape {tuple(static.shape)}")  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import hard_concrete as _plain
-from ._arguments import FLOATS
+from ._arguments import FLOATS, check_dense
 from ._operator import Grads, Operator
 
 
@@ -45,6 +45,7 @@ def hard_concrete(
     if noise is not None:
         if not isinstance(noise, Tensor):
             raise TypeError(f"noise must be a tensor; got {type(noise).__name__}")
+        check_dense(noise=noise)
         if noise.dtype not in FLOATS:
             raise TypeError(f"noise must be float64, float32, bfloat16 or float16; got {noise.dtype}")
         if noise.shape != log_alpha.shape:
@@ -76,6 +77,7 @@ def _check(log_alpha: Tensor, beta: float, gamma: float, zeta: float) -> tuple[f
     """Raises what does not fit; returns the constants as floats."""
     if not isinstance(log_alpha, Tensor):
         raise TypeError(f"log_alpha must be a tensor; got {type(log_alpha).__name__}")
+    check_dense(log_alpha=log_alpha)
     if log_alpha.dtype not in FLOATS:
         raise TypeError(f"log_alpha must be float64, float32, bfloat16 or float16; got {log_alpha.dtype}")
     for name, value in (("beta", beta), ("gamma", gamma), ("zeta", zeta)):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import mix as _plain
-from ._arguments import FLOATS
+from ._arguments import FLOATS, check_dense
 from ._operator import Grads, Operator
 from .expert_linear import read_counts
 from .routes import Routes
@@ -167,6 +167,7 @@ def _check_all(experts, logits, static, mask, routes, units, name) -> list[int] 
 def _check_side(name: str, tensor: Tensor, experts: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_dense(**{name: tensor})
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
     if tensor.device != experts.device:
@@ -184,6 +185,7 @@ def _check(
     """Raises what does not fit; `name` is what the caller calls static."""
     if not isinstance(experts, Tensor):
         raise TypeError(f"experts must be a tensor; got {type(experts).__name__}")
+    check_dense(**{"experts": experts, "logits": logits, name: static, "mask": mask})
     shape = experts.shape
     if len(shape) != 3:
         raise ValueError(f"experts must be [B,E,D]; got shape {tuple(shape)}")

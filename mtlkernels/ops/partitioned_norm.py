@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import partitioned_norm as _plain
 from ..reference.expert_linear import accumulate_dtype
-from ._arguments import FLOATS
+from ._arguments import FLOATS, check_dense
 from ._operator import Grads, Operator, _plain_gradients
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -89,6 +89,8 @@ def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, ru
     """Raises what does not fit."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+    check_dense(x=x, domain=domain, weight=weight, bias=bias, domain_weight=domain_weight, domain_bias=domain_bias,
+                running_mean=running_mean, running_var=running_var)  # fmt: skip
     if x.dim() != 2:
         raise ValueError(f"x must be [B,D]; got shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import snr_linear as _plain
 from ..reference.expert_linear import NEED_INPUT
-from ._arguments import autocast, check_activation, check_weight_dtype
+from ._arguments import autocast, check_activation, check_dense, check_weight_dtype
 from ._operator import Grads, Operator
 
 
@@ -60,6 +60,7 @@ def _check(
     for name, tensor in (("x", x), ("weight", weight), ("gate", gate), ("bias", bias)):
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_dense(x=x, weight=weight, gate=gate, bias=bias)
     ws = weight.shape
     if len(ws) != 4:
         raise ValueError(f"weight must be [I,J,N,K], four dimensions; got shape {tuple(ws)}")

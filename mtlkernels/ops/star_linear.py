@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import star_linear as _plain
 from ..reference.expert_linear import NEED_INPUT
-from ._arguments import autocast, check_activation, check_weight_dtype
+from ._arguments import autocast, check_activation, check_dense, check_weight_dtype
 from ._operator import Grads, Operator
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -96,6 +96,7 @@ def _check(
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_dense(**tensors)
     if x.dim() != 2:
         raise ValueError(f"x must be [B,K]; got shape {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
