@@ -10,17 +10,19 @@
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
+#   CASES=50000           for fuzz: how many
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-all lint format bench cuda gpu-check reproduce clean
+.PHONY: help env build demo test test-all fuzz lint format bench cuda gpu-check reproduce clean
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH := torch==2.13.0
 # Two processes of one thread each: the suite is many small tests, and two threads in each process would fight for two cores.
 WORKERS ?= 2
+CASES ?= 50000
 PARTS ?= device,tests,slow,sanitizer,bench,tune
 export MTLKERNELS_CUDA ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -31,8 +33,8 @@ STAMP := $(VENV)/.mtlkernels
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
 CXX_FILES = $(shell find csrc tests/emulation docs -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 # What the project and its extras ask for, but torch, which is there, and triton, which has to fit it.
-PACKAGES := import importlib.metadata as m; \
-  print(*{r.split(";")[0] for r in m.requires("mtlkernels") if "torch" not in r and "triton" not in r})
+PACKAGES := import importlib.metadata as m, re; left = {"torch", "triton", "torch-rechub", "deepctr-torch"}; \
+  print(*{r.split(";")[0] for r in m.requires("mtlkernels") if re.match(r"[\w-]+", r).group() not in left})
 
 # Where PYTHON has torch. In a virtual environment, which --system-site-packages would not look into, that is not the system's.
 TORCH_SITE := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
@@ -70,6 +72,9 @@ test: build
 
 test-all: build
 	$(PYTEST)
+
+fuzz: build
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --cases $(CASES)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,0 +1,117 @@
+"""Long and crowded runs: no growth of memory, many threads, workers made by fork and by spawn."""
+
+import gc
+import multiprocessing
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+import mtlkernels as mtl
+from python_models import AdaTT, MultiTaskModel, Towers
+from tests.gpu.subjects import USUAL
+from tests.ops.cases import native_only
+
+
+def network() -> MultiTaskModel:
+    torch.manual_seed(0)
+    return MultiTaskModel(AdaTT(16, 3, 2, expert_dims=[[24], [12]]), Towers(12, 3, (8,)))
+
+
+def resident() -> int:
+    """MiB of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def train(steps: int) -> tuple[int, int]:
+    """Memory after a tenth of the steps and after all of them, MiB. Batches of many sizes, small ones and large."""
+    model, early = network(), 0
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for i in range(steps):
+        rows = (7, 64, 33, 256)[i % 4] if i % 100 else 20_000
+        x, y = torch.randn(rows, 16), torch.rand(rows, 3).round()
+        loss = mtl.masked_bce(model(x), y, torch.rand(rows, 3) < 0.9).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if i == steps // 10:
+            gc.collect()
+            early = resident()
+    gc.collect()
+    assert loss.isfinite()
+    return early, resident()
+
+
+@native_only
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("steps", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_steps(steps):
+    context = multiprocessing.get_context("spawn")  # what other tests left in this process is not looked at
+    with context.Pool(1) as pool:
+        early, late = pool.apply(train, (steps,))
+    assert late <= early + 8, f"{early} MiB after {steps // 10} steps, {late} after {steps}"
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_many_threads(name):
+    """64 at once, each with rows of its own: what one alone gives, bit for bit."""
+    subject = USUAL[name]
+    call, tensors = subject.bind("cpu"), subject.make(torch.float32)
+    inputs = [[None if t is None else t * (1 + k / 64) for t in tensors] for k in range(64)]
+    with torch.no_grad():
+        wanted = [call(*given) for given in inputs]
+    found, failed = [None] * 64, []
+
+    def serve(k):
+        try:
+            with torch.no_grad():
+                for _ in range(4):
+                    found[k] = call(*inputs[k])
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=serve, args=(k,)) for k in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def outputs(_: int) -> list[list[float]]:
+    with torch.no_grad():
+        return network().eval()(torch.linspace(-1, 1, 160).view(10, 16)).tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers(method):
+    """Made after this process has run kernels on several threads; the numbers are this process's."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    wanted = outputs(0)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        found = pool.map_async(outputs, range(4)).get(120)
+    for one in found:
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_a_graph_kept_gives_the_same_again(name):
+    """retain_graph: two backward passes over one forward; and a hook on every tensor sees its gradient."""
+    subject = USUAL[name]
+    call, tensors = subject.bind("cpu"), subject.make(torch.float64)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    used, seen = [t for t in leaves if t is not None], []
+    for t in used:
+        t.register_hook(lambda grad: seen.append(grad.shape))
+    out = call(*leaves)
+    grad = subject.grad(out)
+    first = torch.autograd.grad(out, used, grad, retain_graph=True)
+    second = torch.autograd.grad(out, used, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(seen) == 2 * len(used)
