@@ -151,7 +151,7 @@ def gate_subject(shape: tuple[int, ...], drawn: bool) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
         there = _there(noise, device)
 
-        def call(log_alpha, backend=None):
+        def call(log_alpha, backend="auto"):
             with mtl.use_backend(backend):
                 return mtl.hard_concrete(log_alpha, there)
 
@@ -163,7 +163,7 @@ def gate_subject(shape: tuple[int, ...], drawn: bool) -> Subject:
 
 def count_subject(shape: tuple[int, ...]) -> Subject:
     def bind(device: str) -> Callable[..., Tensor]:
-        def call(log_alpha, backend=None):
+        def call(log_alpha, backend="auto"):
             with mtl.use_backend(backend):
                 return mtl.hard_concrete_l0(log_alpha)
 
