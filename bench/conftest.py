@@ -12,7 +12,7 @@ ours in the same test, and what came of it is in a table below pytest-benchmark'
 A regression fails the command where an earlier run was saved:
 
     pytest bench/ --benchmark-only --benchmark-autosave
-    pytest bench/ --benchmark-only --benchmark-compare --benchmark-compare-fail=median:5%
+    pytest bench/ --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
 """
 
 from collections.abc import Callable

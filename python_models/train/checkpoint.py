@@ -45,7 +45,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise RunError(f"{path}: not a checkpoint of this program: {error}") from error
+        why = str(error).partition(". ")[0]
+        raise RunError(f"{path}: not a checkpoint of this program; --overwrite begins anew. {why}") from error
 
 
 class Curve:

@@ -97,6 +97,8 @@ def draw_metrics(history: Sequence[dict[str, Any]]) -> Figure:
             values = [each["tasks"][task][metric] for each in history]
             style = {"ls": _LINES[i % len(_LINES)], "color": _ACCENT if i % 2 == 0 else _GREY}
             (lines[task],) = axes.plot(steps, values, "o", ms=3, lw=1.4, **style)
+        if metric == "calibration":
+            axes.axhline(1, color=_GREY, lw=0.8)
         axes.set_title(metric, loc="left", fontsize=10, weight="bold")
         axes.set_xlabel("step", fontsize=8)
     # Beside the panels: within one it would hide points.
@@ -108,7 +110,7 @@ def draw_metrics(history: Sequence[dict[str, Any]]) -> Figure:
 def _grid(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    across = min(panels, 3)
+    across = 2 if panels == 4 else min(panels, 3)
     down = -(-panels // across)
     figure = Figure(figsize=(0.6 + 3.5 * across, 2.7 * down), layout="constrained")
     grid = list(figure.subplots(down, across, squeeze=False).flat)
