@@ -1,4 +1,4 @@
-"""python -m tests.mutation [--sample 40] [--seed 1] [--only ops|csrc] [--out FILE]: how many planted faults are noticed.
+"""python -m tests.mutation [--sample 40] [--seed 1] [--only ops|csrc] [--out FILE]: how many planted faults show.
 
 A mutant is one place of mtlkernels/ops or csrc/cpu changed: a comparison, an operator, a constant, min for max. Each is
 tried in a copy of the project, by random calls first and by the operator's own tests where those see nothing. Places
