@@ -213,13 +213,14 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
+    if not gradients.isfinite().all():  # nor is anything drawn or learned from them
+        return gradients.sum(0)
     scale = scale.to(gradients)
-    combined = (
-        method.combine(gradients, tasks, losses)
-        if scale == 1
-        else (method.combine(gradients / scale, tasks, losses) * scale)
+    return (
+        method.combine(gradients / scale, tasks, losses) * scale
+        if scale != 1
+        else (method.combine(gradients, tasks, losses))
     )
-    return combined if combined.isfinite().all() else gradients.sum(0)
 
 
 def gram(gradients: Tensor) -> Tensor:
