@@ -139,8 +139,7 @@ class Fusion(Reader):
         for u, w in enumerate(weights):
             read = outputs
             if u < self.tasks:
-                mine = outputs[:, begin : begin + self.counts[u]]
-                read = torch.cat([mine, outputs[:, -self.shared :]], 1) if self.shared else mine
+                read = torch.cat([outputs[:, begin : begin + self.counts[u]], outputs[:, -self.shared :]], 1)
                 begin += self.counts[u]
             mixed.append(torch.bmm(w.unsqueeze(1), read))
         return torch.cat(mixed, 1)
