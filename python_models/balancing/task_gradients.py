@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import Balancer, Losses, loss_scale, run_backward
 
-_BLOCK = 1 << 16  # columns that are float64 at a time
+_BLOCK = 1 << 15  # columns that are float64 at a time
 
 
 class GradientMethod(Balancer):
@@ -39,6 +39,21 @@ class GradientMethod(Balancer):
                 raise ValueError(f"weighting is for {weighting.num_tasks} tasks, num_tasks is {num_tasks}")
         self.weighting = weighting
         self.generator = torch.Generator().manual_seed(seed)
+        self._room: Tensor | None = None
+
+    def room(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix to write the tasks' gradients into, good until the next step.
+
+        On a CPU it is kept: every step's touching fresh pages cost as much as all else that is done with the gradients.
+        """
+        if device.type != "cpu":
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        if self._room is None or self._room.dtype != dtype or self._room.numel() < rows * columns:
+            self._room = torch.empty(rows * columns, dtype=dtype)
+        return self._room[: rows * columns].view(rows, columns)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_room": None}  # no part of copies and files
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
@@ -148,10 +163,8 @@ class Shared:
     def step(self, scalars: list[Tensor], tasks: list[int], method: GradientMethod, run: _Runner, retain: bool) -> None:
         """One backward a scalar; .grad of the shared parameters becomes what it was, plus the combination."""
         before = [p.grad for p in self.parameters]
-        wide = widest(self.parameters)
-        gradients = torch.empty(
-            len(scalars), sum(p.numel() for p in self.parameters), dtype=wide, device=self.parameters[0].device
-        )
+        wide, columns = widest(self.parameters), sum(p.numel() for p in self.parameters)
+        gradients = method.room(len(scalars), columns, wide, self.parameters[0].device)
         try:
             for i, scalar in enumerate(scalars):
                 for p in self.parameters:
@@ -217,11 +230,15 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
-    if not gradients.isfinite().all():  # nor is anything drawn or learned from them
+    # A finite sum has finite terms: most often one cheap pass tells. Of others nothing is drawn or learned.
+    if not (gradients.sum().isfinite() or gradients.isfinite().all()):
         return gradients.sum(0)
     scale = scale.to(gradients)
     with torch.autocast(gradients.device.type, enabled=False):  # which would round the products to bfloat16
-        combined = method.combine(gradients / scale, tasks, losses) * scale
+        if scale == 1:
+            combined = method.combine(gradients, tasks, losses)
+        else:
+            combined = method.combine(gradients / scale, tasks, losses) * scale
     return combined if combined.isfinite().all() else gradients.sum(0)
 
 

@@ -251,6 +251,30 @@ def test_a_saved_run_goes_on(make):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_the_room_for_gradients_is_kept_and_not_copied():
+    """Steps of other widths and fewer tasks in between change nothing, and no .grad lies in it."""
+    method, plain = Sum(3), Parted()
+    for k, active in enumerate([None, torch.tensor([True, False, True]), None]):
+        other = Parted(seed=k)
+        kept = step(method, other, batch(k), active=active)
+        wanted = weighted_gradients(other, batch(k), [1, 1 if active is None else 0, 1])
+        same(
+            {n: g for n, g in kept.items() if g is not None},
+            {n: wanted[n] for n, g in kept.items() if g is not None},
+            1e-12,
+        )
+        small = nn.Parameter(torch.ones(2))
+        method.backward([small.sum(), 2 * small.sum(), small.prod()], shared=[small])
+        assert small.grad.tolist() == [4, 4]
+        found = step(method, plain, batch(k))
+        again = {name: grad.clone() for name, grad in found.items()}
+        step(method, other, batch(k + 1))
+        same(gradients(plain), again)
+    copied = copy.deepcopy(method)
+    assert method._room is not None and copied._room is None
+    same(step(copied, plain, batch()), step(method, plain, batch()))
+
+
 def test_bad_arguments_are_named():
     model = Parted()
     losses, z = model.parts(batch())
