@@ -20,15 +20,20 @@ def linear(arrays, prefix, e, h):
     return h @ arrays[f"{prefix}.weight"][e].T + arrays[f"{prefix}.bias"][e]
 
 
+def normal(arrays, prefix, e, h, norm):
+    """Expert e's norm of h [B,N]: by the statistics of this batch, or of each row."""
+    axis = {"batch": 0, "layer": 1}[norm]
+    h = (h - h.mean(axis, keepdims=True)) / np.sqrt(h.var(axis, keepdims=True) + 1e-5)
+    return h * arrays[f"{prefix}.weight"][e] + arrays[f"{prefix}.bias"][e]
+
+
 def mlp(arrays, prefix, e, h, activation="relu", norm=None):
     """Expert e of the ExpertMLP `prefix` on h [B,K]: linear, norm (of this batch), activation."""
     k = 0
     while f"{prefix}.linears.{k}.weight" in arrays:
         h = linear(arrays, f"{prefix}.linears.{k}", e, h)
         if norm is not None:
-            axis = {"batch": 0, "layer": 1}[norm]
-            h = (h - h.mean(axis, keepdims=True)) / np.sqrt(h.var(axis, keepdims=True) + 1e-5)
-            h = h * arrays[f"{prefix}.norms.{k}.weight"][e] + arrays[f"{prefix}.norms.{k}.bias"][e]
+            h = normal(arrays, f"{prefix}.norms.{k}", e, h, norm)
         h = ACTIVATIONS[activation](h)
         k += 1
     assert k, f"no layer {prefix}"

@@ -64,9 +64,9 @@ def same(found, wanted, **tolerance):
 
 
 @every_network
-def test_one_graph_for_every_batch_size(name):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_graph_for_every_batch_size(name, backend):
     """In training and in evaluation: fullgraph, and no recompilation from one batch size to another."""
-    torch._dynamo.reset()
     network = build(name)
     run = ARCHITECTURES[name].run
 
@@ -76,7 +76,8 @@ def test_one_graph_for_every_batch_size(name):
     for training in (True, False):
         network.train(training)
         torch._dynamo.reset()
-        compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+        options = {"fallback_random": True} if backend == "inductor" else None  # draws what eager mode draws
+        compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend, options=options)
         state = copy.deepcopy(network.state_dict())  # of running statistics each run moves its own
         for rows in (12, 9, 20):
             x, extras = batch(rows), extras_of(name, rows)
