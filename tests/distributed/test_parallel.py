@@ -155,6 +155,15 @@ def test_experts(ranks):
     check(ranks, "experts", list(FUSIONS))
 
 
+ALL = [*FUSIONS, *NO_BANKS]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_features(ranks):
+    """Widths 5 and 4: uneven, and on four ranks one has none."""
+    check(ranks, "features", ALL)
+
+
 MIXED = ["mmoe", "ple", "adatt"]
 OPTIONS = [{"norm": "layer"}, {"gate_logit_norm": True}, {"gate_dims": [3], "gate_norm": "batch"}]
 
