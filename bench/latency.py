@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _run(command: list[str], **options: Any) -> str:
 
 def measure(name: str, folder: Path, rows: Sequence[int], threads: int, seconds: float) -> dict[str, Any]:
     """One network's record: {network, threads, calls, rows: [{rows, ms of each variant, control}]}."""
-    model = network(name)
+    model, clock = network(name), Others()
     generator = torch.Generator().manual_seed(1)
     calls = [(torch.randn(n, IN, generator=generator),) for n in rows]
     packaged, serve = folder / f"{name}.pt2", folder / "serve"
@@ -109,7 +110,30 @@ def measure(name: str, folder: Path, rows: Sequence[int], threads: int, seconds:
         all_times: dict[str, Timing] = {SERVED: summarise([*first, *last]), **python}
         lines.append({"rows": n, "ms": {k: t.as_ms() for k, t in all_times.items()}, "control": abs(a - b) / min(a, b)})
     made = before["calls"] + after["calls"]
-    return {"network": name, "threads": threads, "calls": made, "rows": lines}
+    return {"network": name, "threads": threads, "calls": made, "others": clock.share(), "rows": lines}
+
+
+class Others:
+    """How much of the processors other programs take from now on, where /proc says so."""
+
+    def __init__(self) -> None:
+        self._wall, self._busy, self._own = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        own = os.times()
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return time.perf_counter(), 0.0, sum(own[:4])
+        user, nice, system, _, _, interrupts, soft, stolen = map(float, words)
+        busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, sum(own[:4])
+
+    def share(self) -> float:
+        """Of all cores together, 0 to 1, since the start."""
+        wall, busy, own = (b - a for a, b in zip((self._wall, self._busy, self._own), self._read(), strict=True))
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -119,7 +143,7 @@ def table(record: dict[str, Any]) -> str:
         parts.append(
             f"{part['network']}, microseconds; {machine['cpu']}, {machine['threads']} threads, torch "
             f"{machine['torch']}. {part['calls']:,} calls from {part['threads']} threads at once equalled those made "
-            "alone, bit for bit.\n"
+            f"alone, bit for bit. Other programs took {part['others']:.0%} of the processors.\n"
         )
         parts.append(f"| rows | {SERVED} | `{COMPILED}` | {EAGER} |\n|---:|---:|---:|---:|")
         for line in part["rows"]:
