@@ -31,7 +31,7 @@ PY := $(VENV)/bin/python3
 PIP := $(PY) -m pip install -qq --no-warn-script-location
 STAMP := $(VENV)/.mtlkernels
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
-CXX_FILES = $(shell find csrc tests/emulation docs -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
+CXX_FILES = $(shell find csrc tests/emulation docs bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 # What the project and its extras ask for, but torch, which is there, and triton, which has to fit it.
 PACKAGES := import importlib.metadata as m, re; left = {"torch", "triton", "torch-rechub", "deepctr-torch"}; \
   print(*{r.split(";")[0] for r in m.requires("mtlkernels") if re.match(r"[\w-]+", r).group() not in left})

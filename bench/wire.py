@@ -23,6 +23,9 @@ import mtlkernels as mtl
 from mtlkernels.nn import ExpertLinear, ExpertMLP
 from python_models import MMoE, MultiTaskModel, Towers
 from python_models.parallel import Mixed, mixed_banks, sharded_banks
+from python_models.parallel_features import INPUTS, OUTPUTS, feature_cuts, width
+from python_models.snr import TransLevel
+from python_models.star_layers import StarLinear
 
 Calls = dict[nn.Module, list[tuple[torch.Size, bool]]]
 
@@ -81,6 +84,31 @@ def _mix(bank: nn.Module, how: Mixed, rows: int, calls: Calls, itemsize: int) ->
         yield Sent("all_reduce", how.native, itemsize, "gradient of the residual weights")
 
 
+def feature_step(
+    model: nn.Module, rows: int, ranks: int, grad_input: bool = False, itemsize: int = 4
+) -> Iterator[Sent]:
+    """The collectives of one step with layers cut by features over `ranks`, which read the same rows; arguments as in
+    :func:`expert_step`.
+    """
+    calls = _calls(model, rows, grad_input)
+    for layer, how in feature_cuts(model).items():
+        units = layer.num_experts if isinstance(layer, ExpertLinear) else 1
+        if isinstance(layer, TransLevel):
+            units = layer.connections.upper
+        for shape, wants in calls[layer]:
+            if wants and how != INPUTS:
+                yield Sent("all_reduce", shape.numel(), itemsize, "gradient of the layers' input")
+            if how == INPUTS:
+                yield Sent("all_reduce", shape[0] * units * width(layer), itemsize, "the layers' outputs, added up")
+            elif how == OUTPUTS:
+                yield Sent(
+                    "all_gather", shape[0] * units * padded(width(layer), ranks), itemsize, "the layer's outputs"
+                )
+            if isinstance(layer, TransLevel) and layer.connections.log_alpha is not None:
+                connections = layer.connections.upper * layer.connections.lower
+                yield Sent("all_reduce", connections, itemsize, "gradient of the connections")
+
+
 def row_step(parameters: list[torch.Size], ranks: int, plan: str, itemsize: int = 4) -> Iterator[Sent]:
     """The collectives of one step with rows of its own on each rank: "data" or "fsdp", over parameters as ranks have
     them."""
@@ -98,18 +126,18 @@ def sent(collectives: Iterator[Sent], ranks: int) -> Fraction:
 
 
 def _calls(model: nn.Module, rows: int, grad_input: bool) -> Calls:
-    """Of every bank's calls: the shape of the input, and whether that needs a gradient."""
+    """Of every bank's and layer's calls: the shape of the input, and whether that needs a gradient."""
     found, hooks = {}, []
 
     def note(module: nn.Module, args: tuple) -> None:
         found.setdefault(module, []).append((args[0].shape, args[0].requires_grad))
 
     for module in model.modules():
-        if isinstance(module, (ExpertMLP, ExpertLinear)):
+        if isinstance(module, (ExpertMLP, ExpertLinear, TransLevel, StarLinear)):
             hooks.append(module.register_forward_pre_hook(note))
     parameter = next(model.parameters())
-    width = getattr(model, "fusion", model).in_features
-    x = torch.empty(rows, width, device=parameter.device, dtype=parameter.dtype, requires_grad=grad_input)
+    inputs = (model.fusion if isinstance(model, MultiTaskModel) else model).in_features
+    x = torch.empty(rows, inputs, device=parameter.device, dtype=parameter.dtype, requires_grad=grad_input)
     with mtl.use_backend("reference"):
         model(x)
     for hook in hooks:

@@ -30,6 +30,18 @@ class _Enter(torch.autograd.Function):
         return funcol.wait_tensor(funcol.all_reduce(grad.contiguous(), "sum", ctx.axis)), None
 
 
+class _Summed(torch.autograd.Function):
+    """The sum of all ranks' tensors, which has one gradient, the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        return funcol.wait_tensor(funcol.all_reduce(tensor.contiguous(), "sum", axis))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _Shares(torch.autograd.Function):
     """``c_r = exp(lse_r) / sum_q exp(lse_q)``: this rank's share of every row's softmax over all ranks' experts.
 
@@ -57,6 +69,20 @@ class _Shares(torch.autograd.Function):
 def enter(tensor: Tensor, axis: Axis) -> Tensor:
     """The tensor, equal on all ranks of the axis; its gradient becomes the sum of theirs."""
     return _Enter.apply(tensor, axis) if tensor.requires_grad else tensor
+
+
+def summed(tensor: Tensor, axis: Axis) -> Tensor:
+    """The sum of what the ranks of the axis have, on all of them; all go on alike, so its gradient is each one's."""
+    return _Summed.apply(tensor, axis)
+
+
+def spread(part: Tensor, dim: int, size: int, axis: Axis) -> DTensor:
+    """The tensor of which every rank of the axis has :func:`own_part` along `dim`, `size` being all of it."""
+    mesh, _ = axis
+    shape = [*part.shape[:dim], size, *part.shape[dim + 1 :]]
+    return DTensor.from_local(
+        part, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=_contiguous(shape)
+    )
 
 
 def own_part(size: int, axis: Axis) -> tuple[int, int]:

@@ -17,15 +17,16 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 import mtlkernels.sharding  # noqa: F401  its import registers the operators' rules
-from mtlkernels.exchange import WHOLE, Axis, enter, own_counts, own_part
+from mtlkernels.exchange import WHOLE, Axis, enter, own_counts, own_part, spread
 from mtlkernels.nn import ExpertLinear, ExpertMLP, Towers
 
 from .adatt import AdaTTLevel
 from .layers import Gates
 from .mmoe import MMoE
+from .parallel_features import own, shard_features
 from .ple import CGCLevel
 
-PLANS = ("experts", "data", "fsdp")
+PLANS = ("experts", "features", "data", "fsdp")
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str]) -> nn.Module:
@@ -40,6 +41,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str]) -
             run them; the ranks reduce what they mix, [B,T,D] a level. A softmax over all experts takes three numbers a
             row. Networks that read their experts' outputs in another way than by a gate get these gathered, [B,E,D].
 
+            "features": its ranks read the same rows, and each has some of the features of every layer of two or more,
+            towers and gates aside; see :mod:`python_models.parallel_features`. Takes every network.
+
             "data": its ranks read rows of their own, and average gradients (``DistributedDataParallel``'s meaning).
 
             "fsdp": the same, and parameters, gradients and optimizer states are sharded (``fully_shard``).
@@ -48,7 +52,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str]) -
         The model; its parameters are DTensors where they are sharded, under the names they had.
 
     Raises:
-        TypeError, ValueError: naming the argument; "experts" for a model without two experts anywhere, too.
+        TypeError, ValueError: naming the argument; "experts" for a model without two experts anywhere, too, and
+            "features" for one without a layer of two features, as where all experts are modules of the user's own.
 
     All ranks must start from equal parameters: seed them alike, or load one checkpoint.
     """
@@ -61,15 +66,17 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, plan: str | Sequence[str]) -
         )
     if {"data", "fsdp"} <= set(plan):
         raise ValueError("plan has both data and fsdp: give fully_shard a mesh of two dimensions for that")
-    if "experts" in plan:
-        at = plan.index("experts")
-        line = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[at]]
-        if not shard_experts(model, line):
-            raise ValueError(f"plan 'experts': model {type(model).__name__} has no bank of two experts or more")
+    if {"experts", "features"} <= set(plan):
+        raise ValueError("plan has both experts and features: a bank is cut one way; put data or fsdp beside either")
+    lines = {name: mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[i]] for i, name in enumerate(plan)}
+    kind = type(model).__name__
+    if "experts" in plan and not shard_experts(model, lines["experts"]):
+        raise ValueError(f"plan 'experts': model {kind} has no bank of two experts or more; 'features' spreads it")
+    if "features" in plan and not shard_features(model, lines["features"]):
+        raise ValueError(f"plan 'features': model {kind} has no layer of two features or more")
     for name in ("data", "fsdp"):
         if name in plan:
-            line = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[plan.index(name)]]
-            _over_rows(model, line, name)
+            _over_rows(model, lines[name], name)
     return model
 
 
@@ -172,8 +179,8 @@ def _spread(bank: nn.Module, mesh: DeviceMesh, dim: int, gather: bool, enters: b
         if isinstance(twin, ExpertLinear) and twin.experts_per_unit is not None and dim == 0:
             twin.experts_per_unit = own_counts(twin.experts_per_unit, begin, end)
         for key, p in list(module.named_parameters(recurse=False)):
-            spread = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(dim)]), p.requires_grad)
-            module.register_parameter(key, spread)
+            cut = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(dim)]), p.requires_grad)
+            module.register_parameter(key, cut)
             twin.register_parameter(key, nn.Parameter(torch.empty(0, device="meta"), p.requires_grad))
         for key, b in list(module.named_buffers(recurse=False)):
             module.register_buffer(key, distribute_tensor(b, mesh, [Shard(dim)]))
@@ -195,15 +202,10 @@ class _Part:
         x = enter(x, axis) if self.enters else x
         if self.dim == 0 and x.dim() == 3 and self._first(bank).experts_per_unit is None:
             x = x[:, self.begin : self.end]
-        held = {k: _own(v) for k, v in (*bank.named_parameters(), *bank.named_buffers())}
+        held = {k: own(v) for k, v in (*bank.named_parameters(), *bank.named_buffers())}
         self.local.train(bank.training)
         y = functional_call(self.local, held, (x,))
-        shape = list(y.shape)
-        shape[1 + self.dim] = bank.num_experts if self.dim == 0 else bank.out_features
-        stride = torch.empty(shape, device="meta").stride()
-        out = DTensor.from_local(
-            y, self.mesh, [Shard(1 + self.dim)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        out = spread(y, 1 + self.dim, bank.num_experts if self.dim == 0 else bank.out_features, axis)
         if self.gather:
             return out.full_tensor()
         setattr(out, WHOLE, True)
@@ -212,10 +214,6 @@ class _Part:
     @staticmethod
     def _first(bank: nn.Module) -> ExpertLinear:
         return bank if isinstance(bank, ExpertLinear) else bank.linears[0]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _CLASSES: dict[type, type] = {}

@@ -206,7 +206,7 @@ class TransLevel(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         fused = self.activation if self.norm is None else None
-        y = mtl.snr_linear(u, self.weight, self.connections(u), self.bias, activation=fused, skip_closed=True)
+        y = self.blocks(u, self.connections(u), fused)
         if self.norm is not None:
             y = self.norm(y)
             if self.activation is not None:
@@ -214,5 +214,9 @@ class TransLevel(nn.Module):
         if self.dropout:
             y = F.dropout(y, self.dropout, self.training)
         return y if self.tail is None else self.tail(y)
+
+    def blocks(self, u: Tensor, gate: Tensor, activation: str | None) -> Tensor:
+        """``activation(sum_j z_ij W_ij u_j + c_i)`` [B,I,dims[0]], z being `gate`."""
+        return mtl.snr_linear(u, self.weight, gate, self.bias, activation=activation, skip_closed=True)
 
     pruned = pruned_trans

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mtlkernels as mtl
+from bench import latency
 from mtlkernels import _library
 from python_models import PLE, STAR, AdaTT, MMoE, MultiTaskModel, SNRTrans, Towers
 
@@ -52,6 +53,11 @@ def test_the_page(served):
     assert "libtorch_cpu" in libraries and "libpython" not in libraries and "libtorch_python" not in libraries
 
 
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    return latency.program(tmp_path_factory.mktemp("serve"))
+
+
 def towers(fusion):
     return MultiTaskModel(fusion, Towers(4, 2, [3]))
 
@@ -74,8 +80,8 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_packages(served, tmp_path, name):
-    """At batch sizes other than the exported one, in an empty environment."""
+def test_packages(served, serve, tmp_path, name):
+    """At batch sizes other than the exported one, in an empty environment; and from four threads at once."""
     torch.manual_seed(0)
     network, rows = NETWORKS[name]().eval(), torch.export.Dim("rows")
 
@@ -94,6 +100,19 @@ def test_packages(served, tmp_path, name):
             run([str(served / "run_package"), mtl.build_info()["library"], *files], tmp_path)
             (found,) = torch.load(tmp_path / "outputs.pt")
             torch.testing.assert_close(found, network(*inputs), rtol=1e-5, atol=1e-5)
+        calls = [batch(size) for size in (1, 300, 7, 64, 0)]
+        outputs, said = latency.served(serve, tmp_path / "network.pt2", calls, threads=4, seconds=0.5)
+        assert said["different"] == 0 and said["calls"] >= 4 * len(calls)
+        for (found,), inputs in zip(outputs, calls, strict=True):
+            torch.testing.assert_close(found, network(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_that_get_something_else_are_told(served, serve, tmp_path):
+    """A network that draws has other outputs at every call."""
+    program = torch.export.export(torch.nn.Dropout(0.5), (torch.ones(4, 6),))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        latency.served(serve, tmp_path / "network.pt2", [(torch.ones(4, 6),)], threads=2, seconds=0.1)
 
 
 def test_refusals(served, tmp_path):

@@ -56,7 +56,7 @@ FUSIONS = {
     "learned branching": lambda **b: LearnedBranching(6, T, [3, 2], [[5], [4]], **b),
     "esmm": lambda **b: Named(ESMM(6, [5, 4], **b)),
 }
-# Nothing in these is a bank of experts: they are spread by rows alone.
+# Nothing in these is a bank of experts: they are spread by rows and features.
 NO_BANKS = {
     "shared bottom": lambda **b: SharedBottom(6, T, [5, 4], **b),
     "adashare": lambda **b: AdaShare(6, T, [[5], [4]], **b),
@@ -155,6 +155,66 @@ def test_experts(ranks):
     check(ranks, "experts", list(FUSIONS))
 
 
+ALL = [*FUSIONS, *NO_BANKS]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_features(ranks):
+    """Widths 5 and 4: uneven, and on four ranks one has none."""
+    check(ranks, "features", ALL)
+
+
+BETWEEN = [{"dropout": 0.4}, {"norm": "layer"}, {"norm": "batch"}]
+
+
+@pytest.mark.parametrize(
+    "options", [BETWEEN[0], *(pytest.param(o, marks=pytest.mark.slow) for o in BETWEEN[1:])], ids=str
+)
+def test_what_lies_between_the_layers(options):
+    """Norms are of all features, and masks those that one process draws."""
+    names = ["mmoe", "ple", "shared bottom", "adashare", "snr-trans", "ubernet", "mrn", "mtan"]
+    check(2, "features", names + (["star"] if "dropout" in options else []), **options)
+
+
+def fallback(rank):
+    """STAR serving an id that it does not know: the tables are longer by a row."""
+    parallelize, mesh = mesh_of(2, "features")
+    one = STAR(6, 3, [5, 4], fallback="shared").double()
+    with torch.no_grad():
+        for p in one.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    sum_of_logits = STAR(6, 3, [5], mode="logit_sum", fallback="shared").double()
+    x, domain = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(6) - 1
+    for network in (one, sum_of_logits):
+        torch.distributed.broadcast(flat := torch.nn.utils.parameters_to_vector(network.parameters()).detach(), 0)
+        torch.nn.utils.vector_to_parameters(flat, network.parameters())
+        spread = parallelize(copy.deepcopy(network), mesh, "features")
+        close(spread.eval()(x, domain), network.eval()(x, domain), "fallback")
+
+
+def test_unknown_domains():
+    run(2, fallback)
+
+
+def cut(rank, names):
+    """How many of the elements of the parameters this rank has."""
+    parallelize, mesh = mesh_of(2, "features")
+    found = {}
+    for name in names:
+        model = parallelize(build(name), mesh, "features")
+        assert list(model.state_dict()) == list(build(name).state_dict())
+        spread = [p for p in model.parameters() if isinstance(p, DTensor)]
+        found[name] = sum(p.to_local().numel() for p in spread), sum(p.numel() for p in spread)
+    return found
+
+
+def test_every_network_is_cut_by_features():
+    first, second = run(2, cut, ALL)
+    for name in ALL:
+        (a, whole), (b, _) = first[name], second[name]
+        assert 0 < b <= a < whole == a + b, name
+
+
 MIXED = ["mmoe", "ple", "adatt"]
 OPTIONS = [{"norm": "layer"}, {"gate_logit_norm": True}, {"gate_dims": [3], "gate_norm": "batch"}]
 
@@ -221,7 +281,7 @@ def ddp(rank, names):
 
 
 def test_distributed_data_parallel():
-    run(2, ddp, [*FUSIONS, *NO_BANKS])
+    run(2, ddp, ALL)
 
 
 def refused(rank):
@@ -232,9 +292,13 @@ def refused(rank):
         (build("shared bottom"), "experts", "no bank of two experts"),
         (build("mmoe"), "rows", "plan must name one of"),
         (build("mmoe"), ("data", "experts"), "each of mesh's 1 dimensions"),
+        (Towers(4, T, [3]), "features", "no layer of two features"),
     ):
         with pytest.raises(ValueError, match=message):
             parallelize(model, line, plan)
+    square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("experts", "features"))
+    with pytest.raises(ValueError, match="both experts and features"):
+        parallelize(build("mmoe"), square, ("experts", "features"))
     with pytest.raises(TypeError, match="model must be a module"):
         parallelize("mmoe", line, "experts")
 
@@ -244,9 +308,10 @@ def test_bad_arguments():
 
 
 ROWS = ["fsdp", "data", ("fsdp", "experts"), ("data", "experts"), ("experts", "data"), ("experts", "fsdp")]
+ROWS += [("fsdp", "features"), ("features", "data")]
 
 
 @pytest.mark.parametrize("plan", [p if p in ROWS[2:3] else pytest.param(p, marks=pytest.mark.slow) for p in ROWS])
 def test_rows(plan):
-    names = MIXED if plan == ROWS[2] else list(FUSIONS) + (list(NO_BANKS) if "experts" not in plan else [])
+    names = MIXED if plan == ROWS[2] else list(FUSIONS) if "experts" in plan else ALL
     check(2 if isinstance(plan, str) else 4, plan, names)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import mtlkernels as mtl
 from mtlkernels import _library
+from mtlkernels.exchange import own_part
 
 from .counted import Counted
 from .world import run
@@ -211,6 +212,52 @@ def test_operators_on_dtensors(ranks):
     """Five experts, six rows, three features: uneven on 2 and on 4 ranks, where one has none at all."""
     for rank, failed in enumerate(run(ranks, check, ranks)):
         assert not failed, f"rank {rank}: {len(failed)} failed: " + "\n".join(f"{k}: {v}" for k, v in failed.items())
+
+
+def scattered(rank, ranks):
+    """The mix of experts on several ranks, reduced to this rank's rows; nothing but that is sent for [B,T,D]."""
+    import mtlkernels.sharding  # noqa: F401
+
+    mesh, S = init_device_mesh("cpu", (ranks,)), Shard
+    torch.manual_seed(2)
+    h, logits, static = _draw(6, 5, 3), 3 * _draw(6, 2, 5), _draw(2, 5)
+    routes = mtl.Routes([0, 3, 3, 5], [0, 3, 4, 1, 3], 5)
+    calls = {
+        "softmax": (lambda h, w: mtl.mix(h, w), logits, S(2)),
+        "packed": (lambda h, w: mtl.mix(h, w, routes=routes), _draw(6, 5), R),
+        "static": (lambda h, w: mtl.linear_mix(h, w), static, S(1)),
+        "residual": (lambda h, w: mtl.adatt_mix(h, w, None, experts_per_unit=[1, 1, 3]), logits, S(2)),
+    }
+    begin, end = own_part(6, (mesh, 0))
+    found = {}
+    for name, (call, weights, lie) in calls.items():
+        a, b = _leaf(h), _leaf(weights)
+        expected = call(a, b)
+        grad = torch.randn_like(expected)
+        expected.backward(grad)
+        c, d = (distribute_tensor(t, mesh, [at]).requires_grad_() for t, at in ((h, S(1)), (weights, lie)))
+        partial = call(c, d)
+        assert partial.placements == (Partial(),), name
+        with Counted(ranks) as counted:
+            rows = partial.redistribute(placements=[S(0)])
+        torch.testing.assert_close(rows.to_local(), expected[begin:end], rtol=1e-12, atol=1e-12)
+        with Counted(ranks) as back:
+            rows.to_local().backward(grad[begin:end])
+        for own, whole in ((c, a), (d, b)):
+            torch.testing.assert_close(own.grad.full_tensor(), whole.grad, rtol=1e-12, atol=1e-12, msg=name)
+        found[name] = counted.calls, [call for call in back.calls if call[0] == "all_gather"], expected[0].numel() * 8
+    return found
+
+
+@pytest.mark.skipif(not _library.loaded(), reason=_library.reason() or "loaded")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_mix_is_scattered_as_it_is_reduced(ranks):
+    """Half of an all-reduce's bytes; the gradient comes back by one gather. Six rows on four ranks: one has none."""
+    rows = -(-6 // ranks) * ranks
+    for found in run(ranks, scattered, ranks):
+        for name, (forward, backward, row) in found.items():
+            assert forward == [("reduce_scatter", rows * row)], name
+            assert backward == [("all_gather", rows * row)], name
 
 
 def silent(rank):
