@@ -11,11 +11,12 @@
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
 #   CASES=50000           for fuzz: how many
+#   TORCHES="2.11.0 ..."  for matrix: these versions of torch alone, gigabytes each
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-all fuzz lint format bench cuda gpu-check reproduce clean
+.PHONY: help env build demo test test-all fuzz matrix lint format bench cuda gpu-check reproduce clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -75,6 +76,10 @@ test-all: build
 
 fuzz: build
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --cases $(CASES)
+
+# Every Python and torch that the operator library is for; fetches each torch.
+matrix: build
+	$(PY) -m tests.matrix $(if $(TORCHES),--torch $(TORCHES))
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
