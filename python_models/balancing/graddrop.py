@@ -50,7 +50,8 @@ class GradDrop(GradientMethod):
         purity = torch.where(size > 0, 0.5 * (1 + towards.sum(0) / torch.where(size > 0, size, 1)), 0.5)
         if self.sharpness is not None:
             purity = torch.sigmoid(4 * self.sharpness * (purity - 0.5))
-        drawn = torch.rand(purity.shape, generator=self.generator, dtype=torch.float64).to(purity)
+        # In float64: rounded to float32, U can be 1, and would drop what all agree on.
+        drawn = torch.rand(purity.shape, generator=self.generator, dtype=torch.float64).to(purity.device)
         kept = torch.where(purity > drawn, towards >= 0, (purity < drawn) & (towards < 0) | (towards == 0))
         leak = self.leak.to(gradients)[list(tasks)].unsqueeze(1)
         mask = torch.where(kept, 1, leak).unsqueeze(1)

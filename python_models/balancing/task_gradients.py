@@ -1,11 +1,14 @@
 """Every task's own gradient of what all tasks share, and what becomes of them together."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from .base import Balancer, Losses, loss_scale, run_backward
+
+_BLOCK = 1 << 15  # columns that are float64 at a time
 
 
 class GradientMethod(Balancer):
@@ -36,6 +39,21 @@ class GradientMethod(Balancer):
                 raise ValueError(f"weighting is for {weighting.num_tasks} tasks, num_tasks is {num_tasks}")
         self.weighting = weighting
         self.generator = torch.Generator().manual_seed(seed)
+        self._room: Tensor | None = None
+
+    def room(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix to write the tasks' gradients into, good until the next step.
+
+        On a CPU it is kept: every step's touching fresh pages cost as much as all else that is done with the gradients.
+        """
+        if device.type != "cpu":
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        if self._room is None or self._room.dtype != dtype or self._room.numel() < rows * columns:
+            self._room = torch.empty(rows * columns, dtype=dtype)
+        return self._room[: rows * columns].view(rows, columns)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_room": None}  # no part of copies and files
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
@@ -145,10 +163,8 @@ class Shared:
     def step(self, scalars: list[Tensor], tasks: list[int], method: GradientMethod, run: _Runner, retain: bool) -> None:
         """One backward a scalar; .grad of the shared parameters becomes what it was, plus the combination."""
         before = [p.grad for p in self.parameters]
-        wide = torch.promote_types(self.parameters[0].dtype, torch.float32)
-        gradients = torch.empty(
-            len(scalars), sum(p.numel() for p in self.parameters), dtype=wide, device=self.parameters[0].device
-        )
+        wide, columns = widest(self.parameters), sum(p.numel() for p in self.parameters)
+        gradients = method.room(len(scalars), columns, wide, self.parameters[0].device)
         try:
             for i, scalar in enumerate(scalars):
                 for p in self.parameters:
@@ -163,7 +179,7 @@ class Shared:
         losses = torch.stack([s.detach().to(wide) for s in scalars])
         combined = finite_or_sum(method, gradients, tasks, losses, run.scale)
         for p, part in zip(self.parameters, combined.split([p.numel() for p in self.parameters]), strict=True):
-            part = part.view_as(p).to(p.dtype)
+            part = part.view_as(p).to(p)
             p.grad = part if p.grad is None else p.grad + part
 
     def _take(self, row: Tensor) -> None:
@@ -186,15 +202,16 @@ class Representation:
         self.z = representation
 
     def step(self, scalars: list[Tensor], tasks: list[int], method: GradientMethod, run: _Runner, retain: bool) -> None:
-        z, wide = self.z, torch.promote_types(self.z.dtype, torch.float32)
+        z, wide = self.z, widest([self.z])
         gradients = torch.zeros(len(scalars), z.numel(), dtype=wide, device=z.device)
         for i, scalar in enumerate(scalars):
             if not scalar.requires_grad:
                 continue
             caught: list[Tensor] = []
-            # The graph below Z is left alone: what is wanted lies above, and Z itself.
+            # The graph below Z is left alone: what is wanted lies above, and Z itself. A leaf may lie on both sides,
+            # with a way around Z, so nothing goes on from Z; nor into the .grad of a Z that is a leaf.
             above = leaves_above(scalar, z)
-            handle = z.register_hook(caught.append)
+            handle = z.register_hook(lambda grad, caught=caught: caught.append(grad) or torch.zeros_like(grad))
             try:
                 run(scalar, retain_graph=True, inputs=[*above, z])
             finally:
@@ -213,19 +230,34 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
-    if not gradients.isfinite().all():  # nor is anything drawn or learned from them
+    # A finite sum has finite terms: most often one cheap pass tells. Of others nothing is drawn or learned.
+    if not (gradients.sum().isfinite() or gradients.isfinite().all()):
         return gradients.sum(0)
     scale = scale.to(gradients)
-    return (
-        method.combine(gradients / scale, tasks, losses) * scale
-        if scale != 1
-        else (method.combine(gradients, tasks, losses))
-    )
+    with torch.autocast(gradients.device.type, enabled=False):  # which would round the products to bfloat16
+        if scale == 1:
+            combined = method.combine(gradients, tasks, losses)
+        else:
+            combined = method.combine(gradients / scale, tasks, losses) * scale
+    return combined if combined.isfinite().all() else gradients.sum(0)
 
 
 def gram(gradients: Tensor) -> Tensor:
-    """``G G^T`` [n,n] of gradients [n,P] in float64, in one pass over them."""
-    return (gradients @ gradients.T).double()
+    """``G G^T`` [n,n] of gradients [n,P] in float64, in one pass over them.
+
+    Sums in float64, a block of columns at a time: over millions of numbers those in float32 (or TF32) keep four digits,
+    and a sign is wanted of what nearly cancels. Squares of finite numbers neither overflow nor vanish.
+    """
+    products = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for block in gradients.split(_BLOCK, 1) if gradients.dtype != torch.float64 else (gradients,):
+        block = block.double()
+        products.addmm_(block, block.T)
+    return products
+
+
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 where one of the tensors is: what their gradients are put side by side in."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def leaves_above(scalar: Tensor, z: Tensor) -> list[Tensor]:

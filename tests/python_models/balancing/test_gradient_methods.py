@@ -47,13 +47,15 @@ def step(method, model, rows, **options):
     model.zero_grad()
     method.zero_grad()
     losses, z = model.parts(rows, method.rotate if isinstance(method, RotoGrad) else None)
-    where = {"shared": model.shared_parameters()} if isinstance(method, (PCGrad, Sum)) else {}
-    if isinstance(method, (GradDrop, RotoGrad, SumAtZ)):
-        where = {"representation": z}
-    elif isinstance(method, MGDA):
-        where = {"shared": model.shared_parameters()}
-    method.backward(losses, **where, **options)
+    method.backward(losses, **place(method, model, z), **options)
     return gradients(model)
+
+
+def place(method, model, z):
+    """Where it works."""
+    if isinstance(method, (GradDrop, RotoGrad, SumAtZ)):
+        return {"representation": z}
+    return {"shared": model.shared_parameters()}
 
 
 METHODS = {
@@ -84,6 +86,82 @@ def test_what_is_there_stays(make):
     make(3).backward(losses, shared=model.shared_parameters(), representation=z, penalty=model.first.weight.sum())
     wanted = {name: grad + 1 + (name == "first.weight") for name, grad in wanted.items()}
     same(gradients(model), wanted, 1e-12)
+
+
+class Around(Parted):
+    """Its losses look past the representation too, at what the trunk's first layer makes."""
+
+    def parts(self, rows, rotate=None):
+        losses, z = super().parts(rows, rotate)
+        return [(t + 1) * loss + self.first(rows[0]).square().mean() for t, loss in enumerate(losses)], z
+
+
+def test_ways_around_the_representation_count_once():
+    model = Around()
+    losses, _ = model.parts(batch())
+    sum(losses).backward()
+    wanted = gradients(model)
+    same(step(SumAtZ(3), model, batch()), wanted, 1e-12)
+    same(step(GradDrop(3, leak=1.0), model, batch()), wanted, 1e-12)
+
+
+def test_a_representation_that_is_a_leaf():
+    """Of an embedding that is served from elsewhere: .grad is the combination, beside what was there."""
+    model = Parted()
+    z = model.z(batch()[0]).detach().requires_grad_()
+    losses = [head(z).square().mean() for head in model.heads]
+    (wanted,) = torch.autograd.grad(sum(losses), z, retain_graph=True)
+    z.grad = torch.ones_like(z)
+    SumAtZ(3).backward(losses, representation=z)
+    torch.testing.assert_close(z.grad, wanted + 1)
+
+
+@each_method
+def test_autocast_does_not_round_the_combination(make):
+    """Called within the block it rounds neither products nor sums, to bfloat16 as it would torch's own."""
+    found, y = [], torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    for enabled in (False, True):
+        z = torch.linspace(-1, 1, 24).view(6, 4).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            make().backward([(t + 1) * (z - y[t]).square().mean() for t in range(3)], shared=[z], representation=z)
+        found.append(z.grad)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_of_several_dtypes():
+    """Rows are as wide as the widest of them."""
+    half, whole = nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((2,), 1 / 3, dtype=torch.float64))
+    Sum(2).backward([half.sum().double() + whole.square().sum(), whole.sum().exp()], shared=[half, whole])
+    wanted = 2 * whole.detach() + whole.detach().sum().exp()
+    torch.testing.assert_close(whole.grad, wanted, rtol=1e-14, atol=0)
+    assert half.grad.dtype == torch.float32 and half.grad.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("at", ["shared", "representation"])
+@pytest.mark.parametrize("weighting", [None, lambda: FixedWeights(3, WEIGHTS)])
+def test_mgda_may_scale_the_heads(at, weighting):
+    """As the authors' code: the gradient of ``sum_t a_t w_t L_t`` everywhere, a as of the method without."""
+    model, options = Parted(), {} if weighting is None else {"weighting": weighting()}
+    plain, scaled = MGDA(3, **options), MGDA(3, scale_heads=True, **options)
+    scaler, active = torch.amp.GradScaler("cpu", init_scale=64.0), torch.tensor([True, True, False])
+    for method in (plain, scaled):
+        model.zero_grad()
+        losses, z = model.parts(batch())
+        losses[2] = losses[2] * torch.nan if method is scaled else losses[2]
+        where = {"shared": model.shared_parameters()} if at == "shared" else {"representation": z}
+        penalty = model.first.weight.sum()
+        total = method.backward(losses, **where, active=active, scaler=scaler, penalty=penalty)
+        assert total.isfinite()
+    torch.testing.assert_close(scaled.coefficients, plain.coefficients, rtol=1e-6, atol=0)
+    found = gradients(model)
+    weights = [1, 1, 1] if weighting is None else WEIGHTS
+    shares = [64 * w * a for w, a in zip(weights, scaled.coefficients.tolist(), strict=True)]
+    wanted = weighted_gradients(model, batch(), shares)
+    wanted["first.weight"] += 64
+    for name in ("heads.2.weight", "heads.2.bias"):
+        grad = found.pop(name)
+        assert grad is None or not grad.any()
+    same(found, {name: wanted[name] for name in found}, 1e-6)
 
 
 @each_method
@@ -171,6 +249,30 @@ def test_a_saved_run_goes_on(make):
     other.load_state_dict(saved[1])
     train(again, other, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_room_for_gradients_is_kept_and_not_copied():
+    """Steps of other widths and fewer tasks in between change nothing, and no .grad lies in it."""
+    method, plain = Sum(3), Parted()
+    for k, active in enumerate([None, torch.tensor([True, False, True]), None]):
+        other = Parted(seed=k)
+        kept = step(method, other, batch(k), active=active)
+        wanted = weighted_gradients(other, batch(k), [1, 1 if active is None else 0, 1])
+        same(
+            {n: g for n, g in kept.items() if g is not None},
+            {n: wanted[n] for n, g in kept.items() if g is not None},
+            1e-12,
+        )
+        small = nn.Parameter(torch.ones(2))
+        method.backward([small.sum(), 2 * small.sum(), small.prod()], shared=[small])
+        assert small.grad.tolist() == [4, 4]
+        found = step(method, plain, batch(k))
+        again = {name: grad.clone() for name, grad in found.items()}
+        step(method, other, batch(k + 1))
+        same(gradients(plain), again)
+    copied = copy.deepcopy(method)
+    assert method._room is not None and copied._room is None
+    same(step(copied, plain, batch()), step(method, plain, batch()))
 
 
 def test_bad_arguments_are_named():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bench.papers import ARCHITECTURES, TINY
+from python_models import balancing
 
 autojac = pytest.importorskip("torchjd.autojac")
 aggregation = pytest.importorskip("torchjd.aggregation")
@@ -39,3 +40,32 @@ def test_jacobians_are_the_tasks_gradients(name):
     used = [p for p in shared if getattr(p, "jac", None) is not None]
     autojac.jac_to_grad(used, aggregation.PCGrad())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in used)
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "MGDA"])
+def test_a_step_is_torchjds(name):
+    """.grad of a whole network after ours, and after mtl_backward and jac_to_grad. Both shuffle by randperm(T)."""
+    torch.manual_seed(0)
+    network = ARCHITECTURES["MMoE"].make(TINY).double()
+    heads = nn.ModuleList(nn.Linear(network.out_features, 1) for _ in range(TINY.T)).double()
+    x = torch.randn(TINY.B, TINY.K, dtype=torch.float64)
+    model, shared = nn.ModuleList([network, heads]), list(network.parameters())
+
+    def losses():
+        h = network(x)
+        return [((-1) ** t * head(h[:, t])).exp().mean() for t, head in enumerate(heads)], h
+
+    if name == "PCGrad":
+        ours, theirs = balancing.PCGrad(TINY.T, seed=5), aggregation.PCGrad()
+    else:  # its Frank-Wolfe is left to go on, and comes near
+        ours, theirs = balancing.MGDA(TINY.T), aggregation.MGDA(epsilon=1e-9, max_iters=100_000)
+    ours.backward(losses()[0], shared=shared)
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(5)
+    values, h = losses()
+    autojac.mtl_backward(values, features=h)
+    autojac.jac_to_grad(shared, theirs)
+    near = 1e-10 if name == "PCGrad" else 1e-4
+    for mine, p in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=near, atol=near)
