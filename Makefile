@@ -11,11 +11,13 @@
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
 #   CASES=50000           for fuzz: how many
+#   TORCHES="2.11.0 ..."  for matrix: these versions of torch alone, gigabytes each
+#   HASHED=1              for env: every package but torch and triton at the version and with the hash of requirements-dev.txt
 #   MAX_JOBS, CXX, ...    as setup.py says
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-all fuzz lint format bench cuda gpu-check reproduce clean
+.PHONY: help env build demo test test-all fuzz matrix lint format bench cuda gpu-check reproduce requirements clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,6 +37,11 @@ CXX_FILES = $(shell find csrc tests/emulation docs bench -name '*.cpp' -o -name 
 # What the project and its extras ask for, but torch, which is there, and triton, which has to fit it.
 PACKAGES := import importlib.metadata as m, re; left = {"torch", "triton", "torch-rechub", "deepctr-torch"}; \
   print(*{r.split(";")[0] for r in m.requires("mtlkernels") if re.match(r"[\w-]+", r).group() not in left})
+# With these a package that cannot be had, or has another hash, ends the set-up.
+PINNED = $(if $(HASHED),--require-hashes --no-deps -r requirements-dev.txt)
+# Into the pinned ones goes all that torch does not bring along: as if nothing here asked for torch.
+EXTRAS := test dev bench demo train
+UNPINNED := torch triton sympy mpmath networkx jinja2
 
 # Where PYTHON has torch. In a virtual environment, which --system-site-packages would not look into, that is not the system's.
 TORCH_SITE := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
@@ -52,10 +59,10 @@ $(STAMP): pyproject.toml
 	fi; \
 	if has $(PY) torch; then kept=yes; else echo "env: installing $(TORCH)"; $(PIP) $(TORCH); fi; \
 	echo "env: building and installing mtlkernels"; \
-	$(PIP) "setuptools>=70.1" wheel ninja pybind11 || test "$$kept"; \
+	$(PIP) $(or $(PINNED),"setuptools>=70.1" wheel ninja pybind11) || test "$$kept$(HASHED)" = yes; \
 	$(PIP) --no-build-isolation --no-deps -e .; \
 	has $(PY) triton || $(PIP) "triton==3.7.1; sys_platform == 'linux' and platform_machine == 'x86_64'" || test "$$kept"; \
-	$(PIP) $$($(PY) -c '$(PACKAGES)') || { test "$$kept" && echo "env: going on without the packages that cannot be had"; }; \
+	$(PIP) $(or $(PINNED),$$($(PY) -c '$(PACKAGES)')) || { test "$$kept$(HASHED)" = yes && echo "env: going on without the packages that cannot be had"; }; \
 	touch $@
 
 env: build
@@ -75,6 +82,10 @@ test-all: build
 
 fuzz: build
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --cases $(CASES)
+
+# Every Python and torch that the operator library is for; fetches each torch.
+matrix: build
+	$(PY) -m tests.matrix $(if $(TORCHES),--torch $(TORCHES))
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -102,6 +113,14 @@ gpu-check: $(STAMP)
 reproduce: build
 	@test -n "$(DATA)" || { echo "reproduce: where is Census-Income? make reproduce DATA=path (a file, .gz or not, or a folder)"; exit 2; }
 	$(PY) -m bench.reproduce --data "$(DATA)" $(if $(RESULTS),--results "$(RESULTS)")
+
+# Needs uv (pip install uv), which reads what every package asks for and downloads none.
+requirements:
+	@set -e; pinned=$$(mktemp); sed '/^#/!d' requirements-dev.txt > $$pinned; \
+	uv pip compile --no-config --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+	  $(EXTRAS:%=--extra %) $(UNPINNED:%=--no-emit-package %) \
+	  --override <(printf '%s; sys_platform == "never"\n' torch triton) pyproject.toml >> $$pinned; \
+	cp $$pinned requirements-dev.txt; rm $$pinned
 
 clean:
 	rm -rf build dist *.egg-info mtlkernels/lib mtlkernels/_build_info*.so bench/out

@@ -93,7 +93,12 @@ def choose(op: str, backend: str | None, tensor: torch.Tensor, sizes: Sizes | No
 
 def chosen_for_cpu(op: str, backend: str | None, dtype: torch.dtype) -> str | None:
     """What `choose` has answered before, for a tensor of this dtype on the CPU; None if it has not been asked."""
-    return _chosen.get((op, _default if backend is None else backend, _CPU, dtype, None))
+    name = _default if backend is None else backend
+    try:
+        return _chosen.get((op, name, _CPU, dtype, None))
+    except TypeError:
+        check_name(name)  # a list, say, which has no hash
+        raise
 
 
 # A constant to torch.compile: if it traced into this, its guards would watch the dictionary, and every entry recompile.
@@ -105,7 +110,11 @@ def _lookup(op: str, name: str, device: torch.device, dtype: torch.dtype, sizes:
             return "reference"
         return _decide(op, name, _case(device, dtype, sizes), exporting=True)
     key = (op, name, device, dtype, sizes)
-    found = _chosen.get(key)
+    try:
+        found = _chosen.get(key)
+    except TypeError:
+        check_name(name)
+        raise
     if found is None:
         found = _decide(op, name, _case(device, dtype, sizes))
         _chosen[key] = found

@@ -8,11 +8,13 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mtl
 from python_models import AdaTT, MultiTaskModel, Towers
 from tests.gpu.subjects import USUAL
-from tests.ops.cases import native_only
+from tests.ops.cases import native_only, outcome
 
 
 def network() -> MultiTaskModel:
@@ -115,3 +117,69 @@ def test_a_graph_kept_gives_the_same_again(name):
     second = torch.autograd.grad(out, used, grad)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(seen) == 2 * len(used)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", USUAL)
+def test_a_checkpoint_computes_the_same_again(name, reentrant):
+    subject = USUAL[name]
+    call, tensors = subject.bind("cpu"), subject.make(torch.float32)
+    plain = outcome(call, tensors, subject.grad)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    out = checkpoint(call, *leaves, use_reentrant=reentrant)
+    out.backward(subject.grad(out))
+    assert torch.equal(out, plain.out)
+    for leaf, wanted in zip(leaves, plain.grads, strict=True):
+        assert leaf is wanted is None or torch.equal(leaf.grad, wanted)
+
+
+def test_module_hooks():
+    """Forward and full backward hooks on every module run once a call, and change nothing."""
+    x, plain = torch.randn(10, 16, requires_grad=True), network()
+    plain(x).square().sum().backward()
+    hooked, before, after, back = network(), [], [], []
+    for module in hooked.modules():
+        module.register_forward_pre_hook(lambda module, _: before.append(module))
+        module.register_forward_hook(lambda module, *_: after.append(module))
+        module.register_full_backward_hook(lambda module, *_: back.append(module))
+    hooked(x).square().sum().backward()
+    assert before and sorted(map(id, before)) == sorted(map(id, after)) == sorted(map(id, back))
+    for p, q in zip(plain.parameters(), hooked.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+W, SHARED = torch.randn(3, 6, 4), torch.randn(2, 3)
+P, MASK = torch.randn(3, 4), torch.tensor([[True, False, True], [True, True, True]])
+# Of every operator a call of b rows, by their values alone.
+OF_ROWS = {
+    "expert_linear": lambda x: mtl.expert_linear(x, W, activation="gelu"),
+    "mix": lambda x: mtl.mix(x[:, None] * P, x[:, None, :3] * SHARED, SHARED, mask=MASK),
+    "adatt_mix": lambda x: mtl.adatt_mix(x[:, None] * P, x[:, None, :3] * SHARED, P[0, :2], experts_per_unit=[1, 1, 1]),
+    "linear_mix": lambda x: mtl.linear_mix(x[:, None] * P, SHARED),
+    "expert_mix": lambda x: mtl.expert_mix(x, W, None, x[:, None, :3] * SHARED, mask=MASK),
+    "snr_linear": lambda x: mtl.snr_linear(x[:, None] * P, W.expand(2, 3, 6, 4), SHARED),
+    "star_linear": lambda x: mtl.star_linear(x, (x[:, 0] > 0).long(), W[0], W),
+    "partitioned_norm": lambda x: mtl.partitioned_norm(
+        x, (x[:, 0] > 0).long(), P[0], P[1], P, P, torch.zeros(3, 4), torch.ones(3, 4), training=True
+    ),
+    "hard_concrete": lambda x: mtl.hard_concrete(x, x.sigmoid()),
+    "hard_concrete_l0": lambda x: mtl.hard_concrete_l0(x),
+    "esmm_loss": lambda x: mtl.esmm_loss(x[:, 0], x[:, 1], x[:, 2] > 0, (x[:, 2] > 0) & (x[:, 3] > 0)),
+    "masked_bce": lambda x: mtl.masked_bce(x[:, :2], x[:, 2:] > 0, x[:, 1:3] > 0),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_few_recompiles(name):
+    """Batches of many sizes, compiled by the defaults: one graph of the first size, one of any, one each of 1 and 0."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(OF_ROWS[name], backend=counter, fullgraph=True)
+    for rows in (7, 12, 3, 64, 1, 129, 40, 0, 2, 33, 1, 65, 0, 300, 12):
+        x = torch.randn(rows, 4, requires_grad=True)
+        found, wanted = compiled(x), OF_ROWS[name](x)
+        torch.testing.assert_close(found, wanted)
+        grads = [torch.autograd.grad(out, x, torch.ones_like(out))[0] for out in (found, wanted)]
+        torch.testing.assert_close(*grads)
+    assert 2 <= counter.frame_count <= 4
+    torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -121,9 +122,14 @@ def test_with_half_a_library_the_reference_runs_after_one_warning(package: Path)
         (lambda whole: b"", "not a 64-bit ELF file"),
         (lambda whole: b"version https://git-lfs.github.com/spec/v1\n" * 3, "not a 64-bit ELF file"),
         (lambda whole: whole[:-1], "truncated"),
+        (lambda whole: bytes(len(whole)), "not a 64-bit ELF file"),
+        (lambda whole: b"\x7fELG" + whole[4:], "not a 64-bit ELF file"),
         (lambda whole: whole[:18] + b"\xf3\x00" + whole[20:], ""),  # the machine field: RISC-V
+        # What it was built for and finds no more: a function of torch, its library.
+        (lambda whole: whole.replace(b"\0aoti_torch_get_dim\0", b"\0aoti_torch_get_dix\0"), ".*aoti_torch_get_dix"),
+        (lambda whole: whole.replace(b"\0libtorch.so\0", b"\0libtorcx.so\0"), "libtorcx.so"),
     ],
-    ids=["empty", "text", "last byte missing", "other machine"],
+    ids=["empty", "text", "last byte missing", "zeros", "other magic", "other machine", "other torch", "no libtorch"],
 )
 def test_a_damaged_library_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes], cause: str
@@ -131,7 +137,9 @@ def test_a_damaged_library_is_not_loaded(
     damaged = tmp_path / "libmtlkernels.so"
     damaged.write_bytes(damage(_library.PATH.read_bytes()))
     monkeypatch.setattr(_library, "PATH", damaged)
-    assert f"{damaged} cannot be loaded ({cause}" in (_library._load() or "")
+    said = _library._load() or ""
+    assert re.match(rf"{re.escape(str(damaged))} cannot be loaded \({cause}", said), said
+    assert said.endswith(_library.REMEDY)
 
 
 # Building and installing. Each works on a copy of the sources, in an environment of its own that sees this one's torch.

@@ -93,6 +93,8 @@ def adatt_mix(
     """
     if logits is None:
         raise TypeError("logits must be a tensor")
+    if experts_per_unit is None:
+        raise TypeError("experts_per_unit must be a sequence of ints; got None")
     return _run(experts, logits, native, mask, None, experts_per_unit, backend, "native")
 
 

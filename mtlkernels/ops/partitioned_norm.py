@@ -1,5 +1,6 @@
 """partitioned_norm: batch normalisation with statistics and affine parameters for each domain of a mixed batch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def partitioned_norm(
         weight, bias: [D], shared. domain_weight, domain_bias: [P,D]. One float dtype for these four.
         running_mean, running_var: [P,D], one float dtype for both.
         training: whether statistics come from the batch.
-        momentum: the weight of the batch in the running statistics.
-        eps: added to the variance.
+        momentum: the weight of the batch in the running statistics, in [0, 1].
+        eps: added to the variance, at least 0.
         backend: "native", "triton", "reference"; None follows :func:`mtlkernels.use_backend`.
 
     Returns:
@@ -59,13 +60,13 @@ def partitioned_norm(
     Partitioned normalisation of STAR (Sheng et al., CIKM 2021, section 3.3), with statistics a domain, so that a batch
     may hold several. On a batch of one domain it is batch_norm with ``w * w_p`` and ``b + b_p``.
     """
-    _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, running_var, momentum, eps)
+    _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, running_var, training, momentum, eps)
     if domain.dtype not in (torch.int64, torch.int32):
         domain = domain.long()
     parameters = weight, bias, domain_weight, domain_bias
     wants_grad = x.requires_grad or any(p.requires_grad for p in parameters)
     which = _backend.choose("partitioned_norm", backend, x)
-    training, eps = bool(training), float(eps)
+    eps = float(eps)
     y, *statistics = OPERATOR(which, wants_grad, x, domain, *parameters, running_mean, running_var, training, eps)
     if training:
         _move(running_mean, running_var, *statistics, momentum)
@@ -85,7 +86,9 @@ def _move(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, 
                 running.copy_(torch.lerp(running.to(batch.dtype), batch, step))
 
 
-def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, running_var, momentum, eps) -> None:
+def _check(
+    x, domain, weight, bias, domain_weight, domain_bias, running_mean, running_var, training, momentum, eps
+) -> None:
     """Raises what does not fit."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor; got {type(x).__name__}")
@@ -99,7 +102,7 @@ def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, ru
         raise TypeError(f"domain must be an integer tensor; got {getattr(domain, 'dtype', type(domain).__name__)}")
     batch, width = x.shape
     if domain.shape != (batch,) or domain.device != x.device:
-        raise ValueError(f"domain must be [B] = [{batch}] on {x.device}; "
+        raise ValueError(f"domain must be [B] = [{batch}] on {x.device}, as x is; "
                          f"got {tuple(domain.shape)} on {domain.device}")  # fmt: skip
     num_domains = None
     for name, tensor, like, shared in (
@@ -129,12 +132,21 @@ def _check(x, domain, weight, bias, domain_weight, domain_bias, running_mean, ru
         num_domains = tensor.shape[0]
         if num_domains == 0:
             raise ValueError(f"{name} must have at least one domain; got {tuple(tensor.shape)}")
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool; got {training!r}")
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient: it is a constant here, and changed in place")
+        if training and any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"{name} must not be expanded, with strides {tensor.stride()}: it is changed in place")
     for name, value in (("momentum", momentum), ("eps", eps)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {value!r}")
+    # Any other would stay in the running statistics.
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in [0, 1]; got {momentum}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and at least 0; got {eps}")
 
 
 def _forward_fake(
