@@ -19,8 +19,10 @@ class PCGrad(GradientMethod):
     """
 
     def combine(self, gradients: Tensor, tasks: Sequence[int], losses: Tensor) -> Tensor:
-        coefficients = project(gram(gradients).cpu(), self.generator)
-        return coefficients.to(gradients) @ gradients
+        products = gram(gradients).cpu()
+        if not products.isfinite().all():  # nothing is drawn for a step that will be skipped
+            return gradients.sum(0)
+        return project(products, self.generator).to(gradients) @ gradients
 
 
 def project(products: Tensor, generator: torch.Generator | None = None) -> Tensor:

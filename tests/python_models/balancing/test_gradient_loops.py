@@ -1,0 +1,22 @@
+"""Gradient methods in the loops that weightings are held to: plain, mixed precision, Lightning, accelerate."""
+
+import pytest
+import test_loops
+
+from python_models.balancing import MGDA, GradNorm, PCGrad, UncertaintyWeighting
+
+METHODS = {
+    "PCGrad": lambda: PCGrad(3),
+    "MGDA": lambda: MGDA(3, normalisation="l2"),
+    "MGDA scaling heads": lambda: MGDA(3, normalisation="l2", scale_heads=True),
+    "PCGrad of UncertaintyWeighting": lambda: PCGrad(3, weighting=UncertaintyWeighting(test_loops.KINDS)),
+    "PCGrad of GradNorm": lambda: PCGrad(3, weighting=GradNorm(3)),
+}
+
+
+@pytest.mark.parametrize("loop", ["plain_loop", "mixed_precision", "lightning", "accelerate"])
+@pytest.mark.parametrize("name", METHODS)
+def test_loop(name, loop, monkeypatch, tmp_path):
+    monkeypatch.setitem(test_loops.METHODS, name, METHODS[name])
+    more = (tmp_path,) if loop in ("lightning", "accelerate") else ()
+    getattr(test_loops, f"test_{loop}")(name, *more)
