@@ -1,6 +1,7 @@
 """Every architecture's training step beside the same network as people write it.
 
-    python -m bench.architectures [--quick] [--only MMoE,PLE] [--dtype float32,bfloat16] [--compile] [--markdown]
+    python -m bench.architectures [--quick] [--only MMoE,PLE] [--dtype float32,bfloat16] [--sizes T=8,B=1024]
+        [--compile] [--repository] [--markdown]
 
 Forward and backward, x [B,K] with gradient, without the optimizer and without the architectures' penalties; ESMM with
 its loss. Both have the same weights and data. A ratio is shown only where output, gradient of x and gradients of all
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import calibrate, contest, libraries, record, report
+from bench import adatt_repo, calibrate, contest, libraries, record, report
 from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, OURS, Contestant
 from bench.cost import all_flops, floor, watched
 from bench.libraries import LIBRARIES
 from bench.memory import peak_memory
-from bench.papers import ARCHITECTURES, TINY, Sizes, about
+from bench.papers import ADATT_REPOSITORY, ARCHITECTURES, TINY, Sizes, about
 from bench.rivals import Batched, levels_of, value
 from bench.subjects import BATCHED, PLAIN
 from bench.timing import AGAIN, control_difference, interleaved
 
 SEED = 1  # of what is drawn in the step that is checked
+# facebookresearch/AdaTT's structures, and the same over unbind (`bench.adatt_repo`).
+REPOSITORY = {"AdaTT repo": adatt_repo.SLICES, "AdaTT repo, unbind": adatt_repo.UNBIND}
 
 
 def rivals_of(name: str) -> tuple[str, ...]:
     """Every rival there is of an architecture; a library may be missing here (`bench.libraries.missing`)."""
     more = {"MMoE": (BATCHED, *LIBRARIES), "AdaTT-sp": (BATCHED,)}
-    return (PLAIN, COMPILED, AUTOTUNED, *more.get(name, ()))
+    repository = REPOSITORY if name in ADATT_REPOSITORY else ()
+    return (PLAIN, COMPILED, AUTOTUNED, *more.get(name, ()), *repository)
 
 
 def contestants(
@@ -72,6 +76,9 @@ def contestants(
             network = copy.deepcopy(rival)
             fast = contest.compiled(network, who)
             calls[who] = (network, lambda x, fast=fast: fast(x, *extras))
+        elif who in REPOSITORY:
+            network = adatt_repo.build(ours, REPOSITORY[who])
+            calls[who] = (network, network)
         elif who != PLAIN:
             levels = levels_of(ours, value)
             network = Batched(levels) if who == BATCHED else libraries.build(who, levels[0])
@@ -161,7 +168,8 @@ def measure(
     chosen, spent = watched(steps[OURS])
     spent = spent and spent._replace(flops=all_flops(steps[OURS]))
     least = None if ceilings is None else floor(spent, *calibrate.rates(ceilings, dtype))
-    counts = {who: sum(p.numel() for p in found[who].network.parameters()) for who in (OURS, PLAIN)}
+    counted = (OURS, PLAIN, *(who for who in rivals if who in REPOSITORY))
+    counts = {who: sum(p.numel() for p in found[who].network.parameters()) for who in counted}
     green = {who: checks[who].ok and checks[OURS].ok for who in found}
     weighed = [who for who in found if memory is True or who in (memory or ())]
     label = {"name": name, "sizes": asdict(sizes), "dtype": str(dtype).removeprefix("torch."), "device": device}
@@ -205,6 +213,17 @@ def build_step(
     return work, found.release
 
 
+def sizes_of(words: str, sizes: Sizes) -> Sizes:
+    """`sizes` with the letters of "T=8,B=1024" changed; ValueError for another letter or no number of at least 1."""
+    changes = {}
+    for word in filter(None, words.split(",")):
+        letter, _, size = word.partition("=")
+        if letter not in asdict(sizes) or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"--sizes: got {word!r}, expected one of {', '.join(asdict(sizes))} and a number, as T=8")
+        changes[letter] = int(size)
+    return replace(sizes, **changes)
+
+
 def main() -> int:
     """Measures, prints a table, writes JSON; 1 where a check failed or a number of parameters is wrong, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.architectures", description=__doc__.splitlines()[0])
@@ -214,19 +233,27 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="comma-separated (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the plain network too")
+    parser.add_argument(
+        "--repository", action="store_true", help="the structures of facebookresearch/AdaTT alone, and ours beside them"
+    )
+    parser.add_argument("--sizes", default="", help="letters of the sizes that differ from the default, as T=8,B=1024")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each network (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the README's table too")
     parser.add_argument("--out", type=Path, default=Path("bench/out/architectures.json"))
     args = parser.parse_args()
-    names = args.only.split(",") if args.only else list(ARCHITECTURES)
+    names = args.only.split(",") if args.only else list(ADATT_REPOSITORY if args.repository else ARCHITECTURES)
     if unknown := sorted(set(names) - set(ARCHITECTURES)):
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
+    if args.repository and (unknown := sorted(set(names) - set(ADATT_REPOSITORY))):
+        parser.error(f"facebookresearch/AdaTT has no {', '.join(unknown)}; it has {', '.join(ADATT_REPOSITORY)}")
+    try:
+        sizes = sizes_of(args.sizes, TINY if args.small else Sizes())
+    except ValueError as error:
+        parser.error(str(error))
     console, began = report.console(), time.perf_counter()
-    options = {
-        "device": args.device,
-        "rivals": (COMPILED,) if args.compile else (),
-        "sizes": TINY if args.small else Sizes(),
-    }
-    options |= {"seconds": 0.0 if args.small else 1.0 if args.quick else 8.0}
+    rivals = ((COMPILED,) if args.compile else ()) + (tuple(REPOSITORY) if args.repository else ())
+    options = {"device": args.device, "rivals": rivals, "sizes": sizes}
+    options |= {"seconds": 0.0 if args.small else 1.0 if args.quick else args.seconds}
     options |= {"min_rounds": 2 if args.small or args.quick else 5}
     result: dict[str, Any] = {"machine": calibrate.machine(), "quick": args.quick, **record.sources(), "rows": []}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,9 +261,13 @@ def main() -> int:
         for name in names:
             result["rows"].append(measure(name, dtype=getattr(torch, dtype), **options) | {"about": about(name)})
             args.out.write_text(json.dumps(result, indent=1) + "\n")  # a run that is cut off leaves what it has
-        console.print(report.architecture_table([row for row in result["rows"] if row["dtype"] == dtype]))
+        shown = tuple(REPOSITORY) if args.repository else (PLAIN, COMPILED)
+        console.print(report.architecture_table([row for row in result["rows"] if row["dtype"] == dtype], shown))
     if args.markdown:
-        print(report.architecture_markdown(result["rows"]), options["sizes"].legend, sep="\n\n")
+        tables = [report.architecture_markdown(result["rows"])]
+        if args.repository:
+            tables = [report.repository_markdown(result["rows"], tuple(REPOSITORY))]
+        print(*tables, sizes.legend, sep="\n\n")
     console.print(f"{args.out}, {time.perf_counter() - began:.0f} s")
     rows = result["rows"]
     wrong = [row for row in rows if not all(check["ok"] for check in row["check"].values())]

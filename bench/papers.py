@@ -210,6 +210,8 @@ ARCHITECTURES = {
         "Duong et al., ACL 2015", lambda z: models.SoftSharing(z.K, z.T, [z.N, z.D]), plain.Tasks, f"T*({MLP})"
     ),
 }
+# Those that facebookresearch/AdaTT has, CGC as a PLE of one level.
+ADATT_REPOSITORY = ("SharedBottom", "MMoE", "CGC", "PLE", "AdaTT-sp", "AdaTT", "CrossStitch")
 
 
 def about(name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Records of a run as tables."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from bench.contest import COMPILED, OURS
@@ -135,14 +136,14 @@ def tile_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def architecture_table(rows: list[dict[str, Any]]) -> Table:
-    """Every architecture's training step beside the plain network's; one dtype."""
+def architecture_table(rows: list[dict[str, Any]], rivals: Sequence[str] = ("plain", COMPILED)) -> Table:
+    """Every architecture's training step beside those of these rivals that were timed; one dtype."""
     noise = sum(is_noisy(row["control_difference"]) for row in rows)
     sizes, dtype = rows[0]["sizes"], rows[0]["dtype"]
     title = f"training step, {dtype}: B={sizes['B']}, {sizes['K']} inputs with gradient, {sizes['T']} tasks"
     caption = f"{noise} of {len(rows)} rows are noisy (~): ours timed twice differs by more than {NOISE_LIMIT:.0%}"
     table = Table(title=title, caption=caption)
-    rivals = [name for name in ("plain", COMPILED) if any(name in row["ms"] for row in rows)]
+    rivals = [name for name in rivals if any(name in row["ms"] for row in rows)]
     heads = ["ours\nms", *(head for name in rivals for head in (f"{name}\nms", "time /\nours")), "parameters"]
     for head in ("architecture", *heads, "check"):
         table.add_column(head, justify="right" if head in heads else "left", no_wrap=True)
@@ -174,6 +175,18 @@ def architecture_markdown(rows: list[dict[str, Any]]) -> str:
         cells = [name, about["paper"], f"{links[0]}, {about['lines']} lines", links[1]]
         cells += [_ratios(own[dtype]) if dtype in own else "" for dtype in dtypes]
         lines.append([*cells, f"`{about['formula']}`"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def repository_markdown(rows: list[dict[str, Any]], variants: tuple[str, ...]) -> str:
+    """Every structure of facebookresearch/AdaTT, as it is and over unbind, beside ours; milliseconds, times ours."""
+    lines = [["structure", "dtype", "mtlkernels", *variants]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        noisy = "~" if is_noisy(row["control_difference"]) else ""
+        theirs = [f"{row['ms'][name]['median']:.1f} ({_ratio(row['ratio'], name)})" for name in variants]
+        ours = f"{noisy}{row['ms'][OURS]['median']:.1f}"
+        lines.append([row["architecture"], row["dtype"], ours, *theirs])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -230,15 +230,16 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
+    # A finite sum has finite terms: most often one cheap pass tells. Of others nothing is drawn or learned.
+    if not (gradients.sum().isfinite() or gradients.isfinite().all()):
+        return gradients.sum(0)
     scale = scale.to(gradients)
     with torch.autocast(gradients.device.type, enabled=False):  # which would round the products to bfloat16
-        combined = (
-            method.combine(gradients, tasks, losses)
-            if scale == 1
-            else (method.combine(gradients / scale, tasks, losses) * scale)
-        )
-    # A finite sum has finite terms: most often one cheap pass tells.
-    return combined if combined.sum().isfinite() or combined.isfinite().all() else gradients.sum(0)
+        if scale == 1:
+            combined = method.combine(gradients, tasks, losses)
+        else:
+            combined = method.combine(gradients / scale, tasks, losses) * scale
+    return combined if combined.isfinite().all() else gradients.sum(0)
 
 
 def gram(gradients: Tensor) -> Tensor:

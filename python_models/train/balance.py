@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -17,15 +18,14 @@ from python_models.train.config import Balancing
 from python_models.train.model import TaskModel
 
 # Said by the data, the model or other keys.
-_GIVEN = {"num_tasks", "kinds", "weighting", "measured_on", "device", "dtype"}
-# Bases of others; and RotoGrad, whose rotations the loop has to put between the trunk and the towers itself.
-_NOT_BY_NAME = ("Balancer", "GradientMethod", "RotoGrad")
+_GIVEN = {"num_tasks", "kinds", "weighting", "measured_on", "features", "device", "dtype"}
+_BASES = ("Balancer", "GradientMethod")
 # Methods whose work is on a tensor between the trunk and the tasks.
-ON_REPRESENTATION = ("GradDrop",)
+ON_REPRESENTATION = ("GradDrop", "RotoGrad")
 
 
 def _kinds() -> dict[str, type[methods.Balancer]]:
-    public = {name: getattr(methods, name) for name in methods.__all__ if name not in _NOT_BY_NAME}
+    public = {name: getattr(methods, name) for name in methods.__all__ if name not in _BASES}
     return {name: kind for name, kind in public.items() if inspect.isclass(kind) and issubclass(kind, methods.Balancer)}
 
 
@@ -56,6 +56,13 @@ class Balance:
         if split is not None:
             split.register_forward_hook(lambda _module, _inputs, output: self._note(output))
 
+    def deployed(self, model: TaskModel) -> dict[str, Tensor]:
+        """The weights of a model that does without the method."""
+        return model.state_dict()
+
+    def deploy(self, model: TaskModel, done: bool) -> None:
+        """Have the model do without the method from now on; `done`: its weights are deployed ones already."""
+
     def _note(self, output: Tensor) -> None:
         if output.requires_grad:
             self._representation[:] = [output]
@@ -68,6 +75,30 @@ class Balance:
         return self.module.backward(losses, **given)
 
 
+class Turning(Balance):
+    """RotoGrad, whose rotations stand between SharedBottom and its towers until they are folded into these."""
+
+    module: methods.RotoGrad
+
+    def __init__(self, module: methods.RotoGrad, shared: list[nn.Parameter], core: nn.Module) -> None:
+        super().__init__(module, shared, None)
+        self._turn = core.register_forward_hook(lambda _module, _inputs, output: self._turned(output[:, 0]))
+
+    def _turned(self, z: Tensor) -> Tensor:
+        self._note(z)
+        return self.module.rotate(z)
+
+    def deployed(self, model: TaskModel) -> dict[str, Tensor]:
+        towers = copy.deepcopy(model.network.towers)
+        copy.deepcopy(self.module).fold(towers)
+        return model.state_dict() | {f"network.towers.{k}": v for k, v in towers.state_dict().items()}
+
+    def deploy(self, model: TaskModel, done: bool) -> None:
+        if not done:
+            self.module.fold(model.network.towers)
+        self._turn.remove()
+
+
 def build(config: Balancing, kinds: Sequence[str], model: TaskModel) -> Balance:
     """The method that a configuration names, for tasks by the kinds of their losses. ConfigError naming the key."""
     shared = shared_parameters(config, model)
@@ -77,7 +108,11 @@ def build(config: Balancing, kinds: Sequence[str], model: TaskModel) -> Balance:
         weighting = _make("weighting", config.weighting, config.weighting_options, kinds, bank, names(weightings=True))
     elif config.weighting_options:
         raise ConfigError("balancing.weighting_options need a balancing.weighting")
+    if config.name == "RotoGrad" and (model.name != "SharedBottom" or config.representation):
+        raise ConfigError("balancing.name RotoGrad turns the one representation that every tower reads: SharedBottom's")
     module = _make("name", config.name, config.options, kinds, bank, names(), weighting)
+    if isinstance(module, methods.RotoGrad):
+        return Turning(module, shared, model.core)
     split = None
     if config.representation or config.name in ON_REPRESENTATION:
         split = bank
@@ -101,8 +136,6 @@ def _make(
     known: list[str],
     weighting: methods.Balancer | None = None,
 ) -> methods.Balancer:
-    if name == "RotoGrad":
-        raise ConfigError(f"balancing.{key}: RotoGrad rotates what the towers read; use it in a loop of your own")
     if name not in known:
         raise ConfigError(f"balancing.{key} is {name!r}{nearest(name, known)}")
     words, prefix = _words(name), "options" if key == "name" else "weighting_options"
@@ -115,6 +148,7 @@ def _make(
         # GradNorm's W: the last layer below the towers.
         "measured_on": None if bank is None else list(bank.parameters())[-2:],
         "weighting": weighting,
+        "features": getattr(bank, "out_features", None),
     }
     if weighting is not None and "weighting" not in words:
         raise ConfigError(f"balancing.weighting goes with a method that works on gradients; {name} weighs by itself")

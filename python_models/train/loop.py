@@ -189,7 +189,7 @@ class Loop:
         progress = self.progress
         if evaluation.is_better(metric, value, progress.best, self.config.stopping.min_delta):
             progress.best, progress.best_step, progress.best_epoch, progress.stale = value, progress.step, epoch, 0
-            checkpoint.save(self.folder / BEST, {"step": progress.step, "model": self.model.state_dict()})
+            checkpoint.save(self.folder / BEST, {"step": progress.step, "model": self.balance.deployed(self.model)})
         else:
             progress.stale += 1
             progress.stopped = 0 < self.config.stopping.patience <= progress.stale
@@ -275,7 +275,13 @@ class Loop:
             raise RunError(f"{path}: does not fit this configuration: {error}") from error
 
     def use_best(self) -> bool:
-        """Take the weights of the best evaluation, where there are any and the configuration wants them."""
+        """Make the model what is deployed: with the weights of the best evaluation, where there are any and the
+        configuration wants them (True), or with the last ones, and without the method's part in it."""
+        best = self._load_best()
+        self.balance.deploy(self.model, best)
+        return best
+
+    def _load_best(self) -> bool:
         path = self.folder / BEST
         if not (self.config.stopping.restore_best and self.progress.best is not None and path.exists()):
             return False

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import python_models
-from bench import architectures, contest, papers, record, report
+from bench import adatt_repo, architectures, contest, papers, record, report
 from bench.contest import COMPILED, OURS
-from bench.papers import ARCHITECTURES, TINY
+from bench.papers import ADATT_REPOSITORY, ARCHITECTURES, TINY
 
 QUICK = {"seconds": 0.0, "min_rounds": 1}
 
@@ -111,6 +111,82 @@ def test_a_compiled_network_stands_beside(monkeypatch):
     row = architectures.measure("SNRTrans", TINY, rivals=(COMPILED,), **QUICK)
     assert calls[0]["options"] == {"fallback_random": True}
     assert set(row["ratio"]) == {"plain", COMPILED} and all(row["ratio"].values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ADATT_REPOSITORY)
+def test_the_repository_is_ours(name, dtype):
+    """facebookresearch/AdaTT's structure, with slices and with unbind: output, gradients, number of parameters."""
+    row = architectures.measure(name, TINY, dtype=dtype, rivals=tuple(architectures.REPOSITORY), **QUICK)
+    assert all(row["check"][who]["ok"] for who in (OURS, *architectures.REPOSITORY)), row["check"]
+    assert set(row["parameters"]) == {OURS, "plain", "formula", *architectures.REPOSITORY}
+    assert len(set(row["parameters"].values())) == 1, row["parameters"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: python_models.AdaTT(6, 2, 1, 0, [[5], [4]]),
+        lambda: python_models.AdaTT(6, 2, 1, 1, [[5], [4]]),
+        lambda: python_models.AdaTT(6, 3, [1, 2, 3], 2, [[5], [7, 4], [3]]),
+        lambda: python_models.AdaTT(6, 2, 2, 1, [[5], [4]], residual=False),
+        lambda: python_models.PLE(6, 3, [1, 0, 2], 2, [[5], [7, 4], [3]]),
+        lambda: python_models.PLE(6, 2, 2, 1, [[4]]),
+        lambda: python_models.MMoE(6, 2, 3, [[5], [7, 4], [3]]),
+        lambda: python_models.CrossStitch(6, 3, [[5], [7, 4]]),
+        lambda: python_models.SharedBottom(6, 3, [5, 4]),
+    ],
+)
+@pytest.mark.parametrize("take", [adatt_repo.SLICES, adatt_repo.UNBIND])
+def test_structures_of_the_repository(make, take):
+    """One expert everywhere, unequal counts, levels, no shared experts: the same outputs and gradient of x."""
+    torch.manual_seed(0)
+    ours = make().double()
+    theirs = adatt_repo.build(ours, take)
+    x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    found, wanted = ours(x), theirs(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(found)
+    pair = [torch.autograd.grad(out, x, grad)[0] for out in (found, wanted)]
+    torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
+
+
+def test_networks_the_repository_has_not():
+    with pytest.raises(TypeError, match="STAR, which facebookresearch/AdaTT has no structure for"):
+        adatt_repo.build(python_models.STAR(6, 2, [4]))
+
+
+def test_the_repository_beside_ours(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    words = [
+        "--small",
+        "--repository",
+        "--only",
+        "PLE,CrossStitch",
+        "--sizes",
+        "T=2,B=20",
+        "--markdown",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", ["architectures", *words])
+    assert architectures.main() == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert all((row["sizes"]["T"], row["sizes"]["B"], row["sizes"]["K"]) == (2, 20, 7) for row in rows)
+    printed = capsys.readouterr().out
+    assert "| structure | dtype | mtlkernels | AdaTT repo | AdaTT repo, unbind |" in printed
+    assert sum(line.startswith(("| PLE |", "| CrossStitch |")) for line in printed.splitlines()) == 2
+    for words, told in ((["--repository", "--only", "STAR"], "has no STAR"), (["--sizes", "Q=3"], "'Q=3'")):
+        monkeypatch.setattr(sys, "argv", ["architectures", *words])
+        with pytest.raises(SystemExit):
+            architectures.main()
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["T", "T=", "T=0", "T=-1", "T=1.5", "Z=2"])
+def test_sizes_that_do_not_fit(words):
+    with pytest.raises(ValueError, match=f"--sizes: got '{words}', expected one of B, K, N"):
+        architectures.sizes_of(words, TINY)
 
 
 def test_the_command_writes_and_prints(monkeypatch, tmp_path, capsys):

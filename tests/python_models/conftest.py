@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy_layers import softmax
 
 
 def _experts(params, prefix, inputs, activation=torch.relu):
@@ -43,6 +44,11 @@ def _gates(params, prefix, inputs, routes, activation=torch.relu):
 def _mix(weights, experts):
     """[B,n] weights of n [B,D] experts."""
     return torch.einsum("bn,bnd->bd", weights, torch.stack(experts, 1))
+
+
+def _sum(weights, experts):
+    """[n] weights, the same for all rows, of n [B,D] experts."""
+    return sum(weights[i] * expert for i, expert in enumerate(experts))
 
 
 def _compare(model, forward, x, tolerance):
@@ -105,6 +111,28 @@ def _expert(params, prefix, e, h, activation=np.tanh, last=True):
     return h
 
 
+def _bank(params, prefix, inputs, activation=np.tanh):
+    """As `_experts`, in numpy."""
+    return [_expert(params, prefix, e, h, activation) for e, h in enumerate(inputs)]
+
+
+def _weights(params, prefix, inputs, routes, activation=np.tanh):
+    """As `_gates`, in numpy."""
+    if f"{prefix}.hidden.linears.0.weight" in params:
+        inputs = _bank(params, f"{prefix}.hidden", inputs, activation)
+    weight = params[f"{prefix}.logits.weight"]
+    weight = weight.reshape(-1, weight.shape[-1])
+    bias = params[f"{prefix}.logits.bias"].ravel() if f"{prefix}.logits.bias" in params else np.zeros(len(weight))
+    ends = np.cumsum(routes)
+    assert ends[-1] == len(weight)
+    return [softmax(h @ weight[e - n : e].T + bias[e - n : e]) for h, n, e in zip(inputs, routes, ends, strict=True)]
+
+
+def _weighted(weights, experts):
+    """As `_mix`, in numpy."""
+    return sum(weights[:, i : i + 1] * expert for i, expert in enumerate(experts))
+
+
 def _arrays(model):
     return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
 
@@ -148,13 +176,23 @@ def _differ(model, forward, x, run=None):
 @pytest.fixture
 def plain():
     return SimpleNamespace(
-        experts=_experts, gates=_gates, mix=_mix, compare=_compare, numpy=_numpy, copies=_copies, compiles=_compiles
+        experts=_experts,
+        gates=_gates,
+        mix=_mix,
+        sum=_sum,
+        stack=lambda units: torch.stack(units, 1),
+        compare=_compare,
+        numpy=_numpy,
+        copies=_copies,
+        compiles=_compiles,
     )
 
 
 @pytest.fixture
 def numeric():
-    return SimpleNamespace(expert=_expert, arrays=_arrays, slopes=_slopes, compare=_differ)
+    """`compare`, and for an equation of `plain` the same words in numpy."""
+    words = {"experts": _bank, "gates": _weights, "mix": _weighted, "sum": _sum, "stack": lambda u: np.stack(u, 1)}
+    return SimpleNamespace(expert=_expert, arrays=_arrays, slopes=_slopes, compare=_differ, **words)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

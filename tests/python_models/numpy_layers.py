@@ -1,6 +1,7 @@
-"""One expert of a bank at a time, in numpy, from the arrays of its parameters."""
+"""One expert of a bank at a time, in numpy, from the arrays of its parameters; and models for such comparisons."""
 
 import numpy as np
+import torch
 
 ACTIVATIONS = {
     None: lambda z: z,
@@ -42,3 +43,11 @@ def units(x, tasks):
 def inputs(model, x):
     """The tensors a model's output depends on, by name."""
     return dict(model.named_parameters()) | {"x": x.requires_grad_()}
+
+
+def moved(model):
+    """The model with no parameter where it started: a bias of 0 or a weight of 1 would hide what is wrong with it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model

@@ -1,8 +1,9 @@
-"""AdaTT against plain torch, its identities, and its loss curve."""
+"""AdaTT against plain torch and numpy, its identities, and its loss curve."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy_layers import moved
 from torch import nn
 
 from python_models import PLE, AdaTT, MMoE, MultiTaskModel, Towers
@@ -51,7 +52,7 @@ def plain_adatt(plain, case):
     tasks, levels = case["num_tasks"], len(own)
 
     def forward(params, x):
-        units = [x if x.dim() == 2 else x[:, u] for u in range(tasks + 1) if x.dim() == 2 or u < x.shape[1]]
+        units = [x if x.ndim == 2 else x[:, u] for u in range(tasks + 1) if x.ndim == 2 or u < x.shape[1]]
         for i in range(levels):
             counts = own[i] + ([shared[i]] if any(shared[i:]) else [])
             reads = [units[u] for u, n in enumerate(counts) for _ in range(n)]
@@ -66,10 +67,10 @@ def plain_adatt(plain, case):
                 if n and residual_is_learned(case, counts, n):
                     v = params[f"levels.{i}.native"][at : at + n]
                     at += n
-                    units[u] = units[u] + torch.einsum("n,bnd->bd", v, torch.stack(mine, 1))
+                    units[u] = units[u] + plain.sum(v, mine)
                 elif n:
                     units[u] = units[u] + mine[0]
-        return torch.stack(units, 1)
+        return plain.stack(units)
 
     return forward
 
@@ -82,6 +83,16 @@ def test_equals_plain(plain, precision, case, per_unit):
     units = case["num_tasks"] + any(sizes(case)[1])
     x = torch.randn((7, units, 6) if per_unit else (7, 6), dtype=dtype)
     plain.compare(model, plain_adatt(plain, case), x, tolerance)
+
+
+@pytest.mark.parametrize("per_unit", [False, True], ids=["shared x", "per-unit x"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_numpy(numeric, case, per_unit):
+    torch.manual_seed(5)
+    model = moved(AdaTT(6, dtype=torch.float64, activation="tanh", **case))
+    units = case["num_tasks"] + any(sizes(case)[1])
+    x = torch.randn((4, units, 6) if per_unit else (4, 6), dtype=torch.float64)
+    numeric.compare(model, plain_adatt(numeric, case), x)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import adatt_repo
 from mtlkernels.nn import ExpertMLP, Towers
 from python_models import PLE, AdaTT, CrossStitch, MMoE, MultiTaskModel, SharedBottom
 from python_models.interop import LAYOUTS, export_state, import_state
@@ -23,40 +24,48 @@ def extraction_net():
 # layout, theirs, ours
 DIMS = [[5], [7, 4]]
 CASES = {
-    "att_sp": ("adatt.att_sp", lambda: peers.Fusion("att_sp", 6, DIMS, [2, 2]), lambda: AdaTT(6, 2, 2, 0, DIMS)),
+    "att_sp": ("adatt.att_sp", lambda: adatt_repo.Fusion("att_sp", 6, DIMS, [2, 2]), lambda: AdaTT(6, 2, 2, 0, DIMS)),
     "att_sp single": (
         "adatt.att_sp",
-        lambda: peers.Fusion("att_sp", 6, DIMS, [1] * 3),
+        lambda: adatt_repo.Fusion("att_sp", 6, DIMS, [1] * 3),
         lambda: AdaTT(6, 3, 1, 0, DIMS),
     ),
     "att_sp, towers": (
         "adatt.att_sp",
-        lambda: peers.CentralTaskArch(peers.Fusion("att_sp", 6, DIMS, [2, 2]), 4, 2, [3]),
+        lambda: adatt_repo.CentralTaskArch(adatt_repo.Fusion("att_sp", 6, DIMS, [2, 2]), 4, 2, [3]),
         lambda: MultiTaskModel(AdaTT(6, 2, 2, 0, DIMS), towers(2, [3])),
     ),
-    "att_g": ("adatt.att_g", lambda: peers.Fusion("att_g", 6, DIMS, [1, 3], 2), lambda: AdaTT(6, 2, [1, 3], 2, DIMS)),
-    "att_g single": ("adatt.att_g", lambda: peers.Fusion("att_g", 6, DIMS, [1, 1], 1), lambda: AdaTT(6, 2, 1, 1, DIMS)),
+    "att_g": (
+        "adatt.att_g",
+        lambda: adatt_repo.Fusion("att_g", 6, DIMS, [1, 3], 2),
+        lambda: AdaTT(6, 2, [1, 3], 2, DIMS),
+    ),
+    "att_g single": (
+        "adatt.att_g",
+        lambda: adatt_repo.Fusion("att_g", 6, DIMS, [1, 1], 1),
+        lambda: AdaTT(6, 2, 1, 1, DIMS),
+    ),
     "att_g, one level": (
         "adatt.att_g",
-        lambda: peers.CentralTaskArch(peers.Fusion("att_g", 6, [[4]], [2, 2], 1), 4, 2, []),
+        lambda: adatt_repo.CentralTaskArch(adatt_repo.Fusion("att_g", 6, [[4]], [2, 2], 1), 4, 2, []),
         lambda: MultiTaskModel(AdaTT(6, 2, 2, 1, [[4]]), towers(2, [])),
     ),
-    "ple": ("adatt.ple", lambda: peers.Fusion("ple", 6, DIMS, [1, 3], 2), lambda: PLE(6, 2, [1, 3], 2, DIMS)),
-    "ple, equal": ("adatt.ple", lambda: peers.Fusion("ple", 6, [[4]], [2, 2], 2), lambda: PLE(6, 2, 2, 2, [[4]])),
-    "ml-mmoe": ("adatt.mmoe", lambda: peers.MLMMoE(6, DIMS, [], 2, 3), lambda: MMoE(6, 2, 3, DIMS)),
+    "ple": ("adatt.ple", lambda: adatt_repo.Fusion("ple", 6, DIMS, [1, 3], 2), lambda: PLE(6, 2, [1, 3], 2, DIMS)),
+    "ple, equal": ("adatt.ple", lambda: adatt_repo.Fusion("ple", 6, [[4]], [2, 2], 2), lambda: PLE(6, 2, 2, 2, [[4]])),
+    "ml-mmoe": ("adatt.mmoe", lambda: adatt_repo.MLMMoE(6, DIMS, [], 2, 3), lambda: MMoE(6, 2, 3, DIMS)),
     "ml-mmoe, deep gates": (
         "adatt.mmoe",
-        lambda: peers.MLMMoE(6, DIMS, [3, 5], 2, 3),
+        lambda: adatt_repo.MLMMoE(6, DIMS, [3, 5], 2, 3),
         lambda: MMoE(6, 2, 3, DIMS, [3, 5]),
     ),
     "cross_st": (
         "adatt.cross_st",
-        lambda: peers.CentralTaskArch(peers.CrossStitch(6, DIMS, 3), 4, 3, [3]),
+        lambda: adatt_repo.CentralTaskArch(adatt_repo.CrossStitch(6, DIMS, 3), 4, 3, [3]),
         lambda: MultiTaskModel(CrossStitch(6, 3, DIMS), towers(3, [3])),
     ),
     "share_bottom": (
         "adatt.share_bottom",
-        lambda: peers.CentralTaskArch(peers.SharedBottom(6, [5, 4], 3), 4, 3, [3, 2]),
+        lambda: adatt_repo.CentralTaskArch(adatt_repo.SharedBottom(6, [5, 4], 3), 4, 3, [3, 2]),
         lambda: MultiTaskModel(SharedBottom(6, 3, [5, 4]), towers(3, [3, 2])),
     ),
     "easyrec.mmoe": (
@@ -309,7 +318,7 @@ def test_prefix_and_towers_left():
 
 
 def test_experts_alone_need_no_layout():
-    experts = peers.Fusion("att_sp", 6, [[5, 4]], [2, 2]).experts[0]
+    experts = adatt_repo.Fusion("att_sp", 6, [[5, 4]], [2, 2]).experts[0]
     x = torch.randn(9, 6)
     close(ExpertMLP.from_modules(experts)(x), torch.stack([expert(x) for expert in experts], 1))
 
@@ -322,7 +331,7 @@ def test_experts_of_torch_rechub_need_no_layout():
 
 
 def damaged(change):
-    state = dict(peers.Fusion("ple", 6, DIMS, [1, 2], 1).state_dict())
+    state = dict(adatt_repo.Fusion("ple", 6, DIMS, [1, 2], 1).state_dict())
     change(state)
     return state
 

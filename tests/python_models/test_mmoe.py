@@ -1,7 +1,8 @@
-"""MMoE, multi-level MMoE and OMoE against plain torch."""
+"""MMoE, multi-level MMoE and OMoE against plain torch and numpy."""
 
 import pytest
 import torch
+from numpy_layers import moved
 
 from python_models import MMoE
 
@@ -21,8 +22,8 @@ def plain_mmoe(plain, model):
     tasks = model.num_tasks
 
     def forward(params, x):
-        shared = x if x.dim() == 2 else x[:, tasks]
-        own = [shared if x.dim() == 2 or model.omoe else x[:, t] for t in range(tasks)]
+        shared = x if x.ndim == 2 else x[:, tasks]
+        own = [shared if x.ndim == 2 or model.omoe else x[:, t] for t in range(tasks)]
         inputs, levels = None, len(model.experts)
         for i in range(levels):
             num_experts = len(params[f"experts.{i}.linears.0.weight"])
@@ -33,7 +34,7 @@ def plain_mmoe(plain, model):
                 reads = own[:1] if model.omoe else own
             gates = plain.gates(params, f"gates.{i}", reads, [num_experts] * len(reads))
             inputs = [plain.mix(gate, experts) for gate in gates]
-        return torch.stack(inputs * (tasks if model.omoe else 1), 1)
+        return plain.stack(inputs * (tasks if model.omoe else 1))
 
     return forward
 
@@ -46,6 +47,15 @@ def test_equals_plain(plain, precision, case, per_unit):
     x = torch.randn((7, case["num_tasks"] + 1, 6) if per_unit else (7, 6), dtype=dtype)
     plain.compare(model, plain_mmoe(plain, model), x, tolerance)
     assert model(x).shape == (7, case["num_tasks"], model.out_features)
+
+
+@pytest.mark.parametrize("per_unit", [False, True], ids=["shared x", "per-unit x"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_numpy(numeric, case, per_unit):
+    torch.manual_seed(5)
+    model = moved(MMoE(6, dtype=torch.float64, activation="tanh", **case))
+    x = torch.randn((4, case["num_tasks"] + 1, 6) if per_unit else (4, 6), dtype=torch.float64)
+    numeric.compare(model, plain_mmoe(numeric, model), x)
 
 
 def test_parameter_count():

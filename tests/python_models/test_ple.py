@@ -1,7 +1,8 @@
-"""CGC and PLE against plain torch, and as the other networks they contain."""
+"""CGC and PLE against plain torch and numpy, and as the other networks they contain."""
 
 import pytest
 import torch
+from numpy_layers import moved
 
 from python_models import CGC, PLE, MMoE
 
@@ -34,7 +35,7 @@ def plain_ple(plain, case):
     tasks, levels = case["num_tasks"], len(own)
 
     def forward(params, x):
-        units = [x if x.dim() == 2 else x[:, u] for u in range(tasks + 1) if x.dim() == 2 or u < x.shape[1]]
+        units = [x if x.ndim == 2 else x[:, u] for u in range(tasks + 1) if x.ndim == 2 or u < x.shape[1]]
         for i in range(levels):
             counts = own[i] + [shared[i]]
             reads = [units[u] for u, n in enumerate(counts) for _ in range(n)]
@@ -46,7 +47,7 @@ def plain_ple(plain, case):
             routes = [len(source) for source in sources]
             gates = plain.gates(params, f"levels.{i}.gates", units[: len(routes)], routes)
             units = [plain.mix(gate, source) for gate, source in zip(gates, sources, strict=True)]
-        return torch.stack(units, 1)
+        return plain.stack(units)
 
     return forward
 
@@ -59,6 +60,16 @@ def test_equals_plain(plain, precision, case, per_unit):
     units = case["num_tasks"] + any(sizes(case)[1])
     x = torch.randn((7, units, 6) if per_unit else (7, 6), dtype=dtype)
     plain.compare(model, plain_ple(plain, case), x, tolerance)
+
+
+@pytest.mark.parametrize("per_unit", [False, True], ids=["shared x", "per-unit x"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_numpy(numeric, case, per_unit):
+    torch.manual_seed(5)
+    model = moved(PLE(6, dtype=torch.float64, activation="tanh", **case))
+    units = case["num_tasks"] + any(sizes(case)[1])
+    x = torch.randn((4, units, 6) if per_unit else (4, 6), dtype=torch.float64)
+    numeric.compare(model, plain_ple(numeric, case), x)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -1,7 +1,9 @@
-"""Shared bottom against a plain MLP, and its place among the others."""
+"""Shared bottom against a plain MLP, in torch and in numpy, and its place among the others."""
 
+import numpy as np
 import pytest
 import torch
+from numpy_layers import moved
 
 from python_models import MMoE, SharedBottom
 
@@ -16,6 +18,16 @@ def test_equals_plain(plain, precision):
     plain.compare(model, forward, torch.randn(7, 6, dtype=dtype), tolerance)
     assert model.out_features == 4
     assert sum(p.numel() for p in model.parameters()) == 6 * 5 + 5 + 5 * 4 + 4
+
+
+@pytest.mark.parametrize("dims", [[5, 4], [1], [3, 7, 2]])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_equals_numpy(numeric, dims, tasks):
+    """A1: h = f(x), every task reads it."""
+    torch.manual_seed(5)
+    model = moved(SharedBottom(6, tasks, dims, activation="tanh", dtype=torch.float64))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    numeric.compare(model, lambda params, x: np.stack([numeric.expert(params, "bottom", 0, x)] * tasks, 1), x)
 
 
 def test_is_mmoe_with_one_expert():

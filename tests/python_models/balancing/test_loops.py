@@ -7,7 +7,14 @@ import torch
 from toy import gradients, same
 
 from python_models import PLE, MultiTaskModel, Towers
-from python_models.balancing import DynamicWeightAverage, GradNorm, UncertaintyWeighting, param_groups
+from python_models.balancing import (
+    MGDA,
+    DynamicWeightAverage,
+    GradNorm,
+    PCGrad,
+    UncertaintyWeighting,
+    param_groups,
+)
 from python_models.losses import TaskLosses
 
 KINDS = ("binary", "regression", "binary")
@@ -16,6 +23,8 @@ METHODS = {
     "UncertaintyWeighting": lambda: UncertaintyWeighting(KINDS),
     "GradNorm": lambda: GradNorm(3),
     "GradNorm batched": lambda: GradNorm(3, batched=True),
+    "PCGrad": lambda: PCGrad(3, weighting=UncertaintyWeighting(KINDS)),
+    "MGDA": lambda: MGDA(3, normalisation="loss"),
 }
 every = pytest.mark.parametrize("name", METHODS)
 

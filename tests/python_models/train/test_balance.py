@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from python_models.data import Splits, make_synthetic
-from python_models.train import balance, registry
+from python_models.train import balance, checkpoint, registry
 from python_models.train.config import Balancing, ConfigError, Model
-from python_models.train.loop import CURVE, Loop
+from python_models.train.loop import BEST, CURVE, Loop
 from python_models.train.registry import build
 
 from .runs import splits_for
+
+NETWORKS = {"RotoGrad": "SharedBottom"}  # which has the one representation that it turns
 
 
 @pytest.mark.parametrize("network", registry.names())
@@ -24,7 +26,9 @@ def test_every_method_trains_every_network(name, network, small, tmp_path):
     try:
         loop = Loop(config, Splits(splits.train, none, none), tmp_path)
     except ConfigError as error:
-        assert name in balance.ON_REPRESENTATION and "balancing.representation must name" in str(error)
+        assert name in balance.ON_REPRESENTATION
+        other = name == "RotoGrad" and network != "SharedBottom"
+        assert ("balancing.name RotoGrad" if other else "balancing.representation must name") in str(error)
         return
     before = {key: p.detach().clone() for key, p in loop.model.named_parameters()}
     assert not loop.run(lambda: loop.progress.step == 3)
@@ -37,7 +41,8 @@ def test_every_method_trains_every_network(name, network, small, tmp_path):
 @pytest.mark.parametrize("name", balance.names())
 def test_every_method_goes_on(name, small, tmp_path):
     """Two epochs at once, and with a stop in the first: the same curve."""
-    config, splits = small(balancing={"name": name}), splits_for("MMoE")
+    network = NETWORKS.get(name, "MMoE")
+    config, splits = small(balancing={"name": name}, model={"name": network}), splits_for(network)
     curves = []
     for part, stop in (("whole", None), ("cut", 4)):
         folder = tmp_path / part
@@ -54,8 +59,9 @@ def test_every_method_goes_on(name, small, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in balance.names() if n not in balance.names(weightings=True)])
 def test_a_weighting_under_it(name, small, tmp_path):
-    config = small(balancing={"name": name, "weighting": "UncertaintyWeighting"})
-    loop = Loop(config, splits_for("MMoE"), tmp_path)
+    network = NETWORKS.get(name, "MMoE")
+    config = small(balancing={"name": name, "weighting": "UncertaintyWeighting"}, model={"name": network})
+    loop = Loop(config, splits_for(network), tmp_path)
     assert loop.run() and loop.curve.read().isfinite().all()
 
 
@@ -102,3 +108,22 @@ def test_what_is_learned_has_no_weight_decay(small, tmp_path):
     assert loop.optimizer.param_groups[1]["params"] == list(loop.balancer.parameters())
     before = loop.balancer.log_variance.detach().clone()
     assert loop.run() and not torch.equal(before, loop.balancer.log_variance)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_rotations_end_in_the_towers(restore, small, tmp_path):
+    """What is saved needs no RotoGrad, and says what the run's last (or best) evaluation said."""
+    config = small(balancing={"name": "RotoGrad"}, model={"name": "SharedBottom"}, stopping={"restore_best": restore})
+    splits = splits_for("SharedBottom")
+    loop = Loop(config, splits, tmp_path)
+    assert loop.run()
+    loop.balancer.skew.data.add_(torch.randn_like(loop.balancer.skew))
+    wanted = loop.predict(splits.validation)
+    if restore:
+        checkpoint.save(tmp_path / BEST, {"step": loop.progress.best_step, "model": loop.balance.deployed(loop.model)})
+    assert loop.use_best() == restore
+    torch.testing.assert_close(loop.predict(splits.validation), wanted, rtol=1e-4, atol=1e-5)
+    plain = build(config.model, splits.train)
+    plain.load_state_dict(loop.model.state_dict())
+    part = splits.validation
+    torch.testing.assert_close(plain.eval()(part.numeric, part.categorical), wanted, rtol=1e-4, atol=1e-5)

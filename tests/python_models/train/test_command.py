@@ -102,6 +102,8 @@ def test_lists_and_the_example(tmp_path):
     (tmp_path / "example.toml").write_text(command("--example").output)
     small = ["--set", f"out={tmp_path / 'out'}", "--set", "data.rows=[64, 16, 16]", "--set", "train.device=cpu"]
     assert command(tmp_path / "example.toml", *small).exit_code == 0
+    other = ("--set", "model.name=PLE", "--set", "balancing.name=PCGrad", "--overwrite")  # as the README has it
+    assert command(tmp_path / "example.toml", *small, *other).exit_code == 0
     nothing = command()
     assert nothing.exit_code == 2 and "--example" in nothing.output
 
