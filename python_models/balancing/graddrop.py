@@ -47,8 +47,6 @@ class GradDrop(GradientMethod):
         each = gradients.view(len(gradients), *sign.shape)
         towards = (each * sign).sum(1)  # [n,F]
         size = towards.abs().sum(0)
-        if not size.isfinite().all():
-            return gradients.sum(0)
         purity = torch.where(size > 0, 0.5 * (1 + towards.sum(0) / torch.where(size > 0, size, 1)), 0.5)
         if self.sharpness is not None:
             purity = torch.sigmoid(4 * self.sharpness * (purity - 0.5))

@@ -67,7 +67,9 @@ class MGDA(GradientMethod):
             scale = loss_scale(scaler, factors)
             rows = [_flat(scalars[t] * (factors[t] * scale).to(scalars[t]), on) for t in tasks]
             gradients = torch.stack(rows) / scale.to(rows[0])
-            shares[tasks] = self.choose(gradients, tasks, weighted.detach()[tasks]).to(shares)
+            shares[tasks] = 1.0
+            if gradients.isfinite().all():
+                shares[tasks] = self.choose(gradients, tasks, weighted.detach()[tasks]).to(shares)
         self.observe(losses, active, shared=shared, scaler=scaler)
         # Of the gradient alone is this the step: its model part has the losses, its learned weights the losses' values.
         step = [scalars[t] * (factors[t] * shares[t]).to(scalars[t]) for t in tasks] + [(weighted * shares).sum()]
@@ -80,13 +82,8 @@ class MGDA(GradientMethod):
         return self.choose(gradients, tasks, losses).to(gradients) @ gradients
 
     def choose(self, gradients: Tensor, tasks: Sequence[int], losses: Tensor) -> Tensor:
-        """a [n] in float64 on the CPU, from gradients [n,P] of these tasks and their weighted losses [n]; keeps it.
-
-        Ones where a gradient is not finite, and nothing is kept: the step is the plain sum.
-        """
+        """a [n] in float64 on the CPU, from gradients [n,P] of these tasks and their weighted losses [n]; keeps it."""
         products = gram(gradients).cpu()
-        if not products.isfinite().all():
-            return torch.ones(len(products), dtype=products.dtype)
         sizes = torch.ones(len(products), dtype=products.dtype)
         if self.normalisation in ("l2", "loss+"):
             sizes = sizes * products.diagonal().clamp_min(0).sqrt()
@@ -112,13 +109,15 @@ def _flat(scalar: Tensor, on: Sequence[Tensor]) -> Tensor:
 def least_norm(products: Tensor, tolerance: float = 1e-13) -> Tensor:
     """The a [n] in the simplex that makes ``a^T products a`` least, exact up to rounding: Wolfe's method on n points.
 
-    products [n,n] of g_1 .. g_n, finite, in float64 on the CPU. At the end
+    products [n,n] of g_1 .. g_n, in float64 on the CPU; where one is not finite, equal parts. At the end
     ``g_t.d >= d.d - tolerance |g_t| sum_s a_s |g_s|``, and equal where ``a_t > 0``. A zero gradient is the least.
 
     Wolfe, Mathematical Programming 11, 1976: the points in use are an affinely independent set; the least norm of their
     affine hull is a small linear system, and a point with a negative part leaves the set on the way there.
     """
     n = len(products)
+    if not products.isfinite().all():
+        return torch.full((n,), 1 / n, dtype=products.dtype)
     norms = products.diagonal().clamp_min(0).sqrt()
     start = int(norms.argmin())
     parts = torch.zeros(n, dtype=products.dtype).index_fill(0, torch.tensor([start]), 1.0)  # a_t |g_t| / |g_start|

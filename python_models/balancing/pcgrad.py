@@ -19,10 +19,8 @@ class PCGrad(GradientMethod):
     """
 
     def combine(self, gradients: Tensor, tasks: Sequence[int], losses: Tensor) -> Tensor:
-        products = gram(gradients).cpu()
-        if not products.isfinite().all():  # nothing is drawn for a step that will be skipped
-            return gradients.sum(0)
-        return project(products, self.generator).to(gradients) @ gradients
+        coefficients = project(gram(gradients).cpu(), self.generator)
+        return coefficients.to(gradients) @ gradients
 
 
 def project(products: Tensor, generator: torch.Generator | None = None) -> Tensor:

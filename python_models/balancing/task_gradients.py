@@ -230,8 +230,7 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
-    # A finite sum has finite terms: most often one cheap pass tells. Of others nothing is drawn or learned.
-    if not (gradients.sum().isfinite() or gradients.isfinite().all()):
+    if not _finite(gradients):  # of others nothing is drawn or learned
         return gradients.sum(0)
     scale = scale.to(gradients)
     with torch.autocast(gradients.device.type, enabled=False):  # which would round the products to bfloat16
@@ -239,7 +238,12 @@ def finite_or_sum(
             combined = method.combine(gradients, tasks, losses)
         else:
             combined = method.combine(gradients / scale, tasks, losses) * scale
-    return combined if combined.isfinite().all() else gradients.sum(0)
+    return combined if _finite(combined) else gradients.sum(0)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether all are finite. A finite sum has finite terms: most often that cheap pass tells."""
+    return values.sum().isfinite() or values.isfinite().all()
 
 
 def gram(gradients: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
-"""Gradient methods in the loops that weightings are held to: plain, mixed precision, Lightning, accelerate."""
+"""More gradient methods in the loops that weightings are held to: plain, mixed precision, Lightning, accelerate."""
 
 import pytest
 import test_loops
 
-from python_models.balancing import MGDA, GradNorm, PCGrad, UncertaintyWeighting
+from python_models.balancing import MGDA, GradNorm, PCGrad
 
 METHODS = {
-    "PCGrad": lambda: PCGrad(3),
-    "MGDA": lambda: MGDA(3, normalisation="l2"),
     "MGDA scaling heads": lambda: MGDA(3, normalisation="l2", scale_heads=True),
-    "PCGrad of UncertaintyWeighting": lambda: PCGrad(3, weighting=UncertaintyWeighting(test_loops.KINDS)),
     "PCGrad of GradNorm": lambda: PCGrad(3, weighting=GradNorm(3)),
 }
 
