@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import calibrate, report
 from bench.tables import Table
-from bench.timing import interleaved
+from bench.timing import control_difference, interleaved, is_noisy
 from python_models import AdaTT, MultiTaskModel, Towers
 from python_models.balancing import MGDA, Balancer, GradDrop, GradNorm, PCGrad, UncertaintyWeighting
 
@@ -94,17 +94,20 @@ def check(step: Step, name: str, run: Callable[[], None]) -> bool:
 
 
 def measure(tasks: int = 8, rows: int = 4096, seconds: float = 8.0) -> dict[str, Any]:
-    """{tasks, rows, results}; a result is {method, ms, ratio to the baseline, check}."""
+    """{tasks, rows, control, results}; a result is {method, ms, ratio to the baseline, check}.
+
+    control: by what share the baseline, timed twice, differs from itself.
+    """
     step = Step(tasks, rows)
     runs = methods(step)
     checks = {name: check(step, name, run) for name, run in runs.items()}
-    times = interleaved(runs, seconds=seconds, warmup_seconds=0.0, min_rounds=3)
+    times = interleaved(runs, seconds=seconds, warmup_seconds=0.0, min_rounds=5, control=BASELINE)
     base = times[BASELINE].median
     results = [
         {"method": name, "ms": times[name].as_ms(), "ratio": times[name].median / base, "check": checks[name]}
         for name in runs
     ]
-    return {"tasks": tasks, "rows": rows, "results": results}
+    return {"tasks": tasks, "rows": rows, "control": control_difference(times, BASELINE), "results": results}
 
 
 def main() -> None:
@@ -125,6 +128,8 @@ def main() -> None:
         table.add_row(row["method"], f"{row['ms']['median']:.0f}", f"{row['ratio']:.2f}x", verdict,
                       "ok" if row["check"] else "wrong")  # fmt: skip
     report.console().print(table)
+    again = " Noisy: run it again." if is_noisy(found["control"]) else ""
+    print(f"The baseline timed twice differs by {found['control']:.1%}.{again}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": calibrate.machine(), **found}, indent=1) + "\n")
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from .base import Balancer, Losses, loss_scale, run_backward
 
 _BLOCK = 1 << 15  # columns that are float64 at a time
+_STRETCH = 512  # columns that are summed in float32
+_LEAST = 1e-24  # squared norm: of less, too much of the squares would be below float32's least
 
 
 class GradientMethod(Balancer):
@@ -230,8 +232,7 @@ def finite_or_sum(
     method: GradientMethod, gradients: Tensor, tasks: Sequence[int], losses: Tensor, scale: Tensor
 ) -> Tensor:
     """The method's combination of scaled gradients [n,P], scaled; their sum where one is not finite."""
-    # A finite sum has finite terms: most often one cheap pass tells. Of others nothing is drawn or learned.
-    if not (gradients.sum().isfinite() or gradients.isfinite().all()):
+    if not _finite(gradients):  # of others nothing is drawn or learned
         return gradients.sum(0)
     scale = scale.to(gradients)
     with torch.autocast(gradients.device.type, enabled=False):  # which would round the products to bfloat16
@@ -239,20 +240,42 @@ def finite_or_sum(
             combined = method.combine(gradients, tasks, losses)
         else:
             combined = method.combine(gradients / scale, tasks, losses) * scale
-    return combined if combined.isfinite().all() else gradients.sum(0)
+    return combined if _finite(combined) else gradients.sum(0)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether all are finite. A finite sum has finite terms: most often that cheap pass tells."""
+    return values.sum().isfinite() or values.isfinite().all()
 
 
 def gram(gradients: Tensor) -> Tensor:
     """``G G^T`` [n,n] of gradients [n,P] in float64, in one pass over them.
 
-    Sums in float64, a block of columns at a time: over millions of numbers those in float32 (or TF32) keep four digits,
-    and a sign is wanted of what nearly cancels. Squares of finite numbers neither overflow nor vanish.
+    Summed in float64: over millions of numbers sums in float32 keep four digits, and a sign is wanted of what nearly
+    cancels. On a CPU short stretches are summed in float32 and these in float64: of many stretches that errs by less
+    than the gradients' own rounding, and costs no more than reading them. Where there are few, where squares leave
+    float32's range, where the user's settings round its products, and elsewhere, all is float64, a block at a time.
     """
-    products = gradients.new_zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for block in gradients.split(_BLOCK, 1) if gradients.dtype != torch.float64 else (gradients,):
+    n, columns = gradients.shape
+    products = gradients.new_zeros(n, n, dtype=torch.float64)
+    if gradients.device.type == "cpu" and gradients.dtype == torch.float32 and columns > _BLOCK and _full_float32():
+        whole = columns // _STRETCH
+        parts = gradients[:, : whole * _STRETCH].unflatten(1, (whole, _STRETCH)).transpose(0, 1)
+        with torch.autocast("cpu", enabled=False):
+            products += torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+        rest = gradients[:, whole * _STRETCH :].double()
+        products.addmm_(rest, rest.T)
+        if _LEAST < products.diagonal().min() and products.isfinite().all():
+            return products
+        products.zero_()
+    for block in gradients.split(_BLOCK if gradients.device.type == "cpu" else 32 * _BLOCK, 1):
         block = block.double()
         products.addmm_(block, block.T)
     return products
+
+
+def _full_float32() -> bool:
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def widest(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -91,16 +91,30 @@ def test_mgda_does_not_depend_on_the_scale():
         assert torch.equal(*(project(p, torch.Generator().manual_seed(0)) for p in (products * scale, products)))
 
 
-@pytest.mark.parametrize("columns", [1, 70_000, 300_001])
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("columns", [0, 1, 512, 32_768, 32_769, 70_000, 300_001])
+@pytest.mark.parametrize("scale", [1e-25, 1e-13, 1.0, 1e25])
 def test_products_of_float32_gradients(columns, scale):
-    """Of long rows that nearly cancel, and of numbers whose squares float32 does not hold."""
+    """Of long rows that nearly cancel, and of numbers whose squares float32 does not hold: to a float32's rounding."""
     rows = draw(3, columns).float()
     rows[1] = -rows[0] + 1e-3 * rows[1]
     rows *= scale
     wanted = rows.double() @ rows.double().T
-    norms, rounding = wanted.diagonal().sqrt(), 4 * columns**0.5 * 2.0**-53
-    assert ((gram(rows) - wanted).abs() <= rounding * torch.outer(norms, norms)).all()
+    norms = wanted.diagonal().sqrt()
+    assert ((gram(rows) - wanted).abs() <= 2.0**-24 * torch.outer(norms, norms)).all()
+
+
+def test_products_under_autocast_and_rounded_matmuls():
+    """The user's settings for the network's matmuls are not for these."""
+    rows = draw(3, 50_000).float()
+    wanted, before = gram(rows), torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gram(rows), wanted)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = gram(rows)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, rows.double() @ rows.double().T, rtol=1e-12, atol=1e-10)
 
 
 def test_mgda_of_two_is_the_formula():
