@@ -166,16 +166,23 @@ def architecture_table(rows: list[dict[str, Any]], rivals: Sequence[str] = ("pla
 def architecture_markdown(rows: list[dict[str, Any]]) -> str:
     """The README's table: what there is, by which paper, how long, held by what, how much faster."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    heads = ["architecture", "paper", "file", "checked against", *(f"step, {d}" for d in dtypes), "parameters"]
+    steps = [f"plain modules' step / ours, {d}" for d in dtypes]
+    heads = ["architecture", "paper", "file", "checked against", *steps, "parameters, ours and the paper's"]
     lines = [heads, ["---"] * len(heads)]
     for name in dict.fromkeys(row["architecture"] for row in rows):
         own = {row["dtype"]: row for row in rows if row["architecture"] == name}
         about = next(iter(own.values()))["about"]
         links = [f"[{path.rsplit('/', 1)[1]}]({path})" for path in (about["file"], about["test"])]
-        cells = [name, about["paper"], f"{links[0]}, {about['lines']} lines", links[1]]
+        cells = [name, about["paper"], f"{links[0]}, {about['lines']} lines", f"numpy and plain torch, {links[1]}"]
         cells += [_ratios(own[dtype]) if dtype in own else "" for dtype in dtypes]
-        lines.append([*cells, f"`{about['formula']}`"])
+        lines.append([*cells, _parameters(next(iter(own.values())))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _parameters(row: dict[str, Any]) -> str:
+    """The formula and its number; where ours is another one, that too."""
+    ours, paper = row["parameters"][OURS], row["parameters"]["formula"]
+    return f"`{row['about']['formula']}` = {paper:,}" + ("" if ours == paper else f", NOT ours: {ours:,}")
 
 
 def repository_markdown(rows: list[dict[str, Any]], variants: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def test_every_architecture_is_there():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_is_written_of_it_is_there(name):
     about = papers.about(name)
-    assert (record.ROOT / about["test"]).is_file()
+    assert re.search(r"\ndef test_\w*equals?_numpy\(", (record.ROOT / about["test"]).read_text())
     assert len((record.ROOT / about["file"]).read_text().splitlines()) == about["lines"]
     assert about["paper"].split()[0] in (record.ROOT / about["file"]).read_text()
     assert papers.ARCHITECTURES[name].count(TINY) > 0
@@ -73,7 +74,8 @@ def test_no_ratio_where_the_check_fails(monkeypatch):
     row = architectures.measure("MMoE", TINY, **QUICK)
     assert row["ratio"] == {"plain": None} and row["parameters"]["formula"] == 0
     row["about"] = papers.about("MMoE")
-    assert "check FAILED" in report.architecture_markdown([row])
+    printed = report.architecture_markdown([row])
+    assert "check FAILED" in printed and " = 0, NOT ours: 500 |" in printed
 
 
 @pytest.mark.parametrize("name", ["SharedBottom", "STAR", "MTAN", "ESMM"])
@@ -205,6 +207,8 @@ def test_the_command_writes_and_prints(monkeypatch, tmp_path, capsys):
     markdown = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(markdown) == 4 and {line.count(" | ") for line in markdown} == {6}
     assert "R modules of soft ordering" in printed and "K=7" in printed
+    assert "[mmoe.py](python_models/mmoe.py), " in printed and "T*E*(K+1)` = 500 |" in printed
+    assert "numpy and plain torch, [test_star.py](tests/python_models/test_star.py)" in printed
     monkeypatch.setattr(sys, "argv", ["architectures", "--only", "Nonsense"])
     with pytest.raises(SystemExit):
         architectures.main()

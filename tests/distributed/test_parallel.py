@@ -216,12 +216,11 @@ def test_every_network_is_cut_by_features():
 
 
 MIXED = ["mmoe", "ple", "adatt"]
-OPTIONS = [{"norm": "layer"}, {"gate_logit_norm": True}, {"gate_dims": [3], "gate_norm": "batch"}]
+OPTIONS = [{"norm": "batch"}, {"norm": "layer"}, {"gate_logit_norm": True}, {"gate_dims": [3], "gate_norm": "batch"}]
 
 
-@pytest.mark.parametrize(
-    "options", [{"norm": "batch"}, *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options):
     """Running statistics lie with their experts."""
     check(4, "experts", MIXED, **options)

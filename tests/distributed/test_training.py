@@ -77,6 +77,7 @@ def curve(rank, name, shape, plan):
         (2, "mmoe", ("experts",)),
         pytest.param(4, "ple", ("experts",), marks=SLOW),
         (4, "adatt", ("fsdp", "experts")),
+        pytest.param(2, "star", ("features",), marks=SLOW),
         pytest.param(2, "ple", ("data",), marks=SLOW),
     ],
 )
@@ -119,9 +120,10 @@ EXPERTS, BOTH, ONE = ((4,), ("experts",)), ((2, 2), ("fsdp", "experts")), (None,
         pytest.param("adatt", BOTH, ((3,), ("experts",)), marks=SLOW),
         pytest.param("mmoe", ((3,), ("experts",)), BOTH, marks=SLOW),
         ("ple", EXPERTS, ONE),
+        pytest.param("shared bottom", ((4,), ("features",)), ((2,), ("features",)), marks=SLOW),
         pytest.param("ple", ONE, ((2,), ("fsdp",)), marks=SLOW),
     ],
-    ids=["4 to 2", "4 to 3", "3 to 4", "4 to 1", "1 to 2"],
+    ids=["4 to 2", "4 to 3", "3 to 4", "4 to 1", "4 to 2, features", "1 to 2"],
 )
 def test_saved_on_some_ranks_loaded_on_others(name, writer, reader, tmp_path):
     for function, (shape, plan) in ((write, writer), (read, reader)):
