@@ -14,7 +14,7 @@ from mtlkernels import backend
 from mtlkernels.ops._operator import Operator
 from tests.gpu.checks import right
 from tests.gpu.subjects import Subject
-from tests.ops.cases import Outcome, expected, outcome
+from tests.ops.cases import TOLERANCE, Outcome, expected, outcome
 
 from .calls import Call, build, spoilt
 
@@ -53,7 +53,7 @@ def check(call: Call, names: tuple[str, ...]) -> str:
         try:
             right(subject, found, tensors, grad, floor)
         except AssertionError as error:
-            if not _stable(subject, found, tensors, grad):
+            if not _stable(subject, found, tensors, grad, max(subject.floor, floor)):
                 raise AssertionError(f"{name}: {error}") from error
     return "agreed"
 
@@ -67,9 +67,10 @@ def _sizes(tensors: list[Tensor | None]) -> list[float]:
     return [float(t.abs().max()) for t in tensors if t is not None and t.numel()]
 
 
-def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable) -> bool:
-    """Whether the numbers lie as near to the right ones as plain torch's of that dtype, within a factor of two, or as
-    those of inputs that differ in their last bit: where sums cancel, that may be far. Infinite ones never do.
+def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable, floor: float) -> bool:
+    """Whether each tensor's numbers lie within its tolerance, or as near to the right ones as plain torch's of that
+    dtype, within a factor of two, or as those of inputs that differ in their last bit: where sums cancel, that may be
+    far. Infinite ones never do.
     """
     dtype = next(t.dtype for t in tensors if t is not None)
     call, gen = subject.bind("cpu"), torch.Generator().manual_seed(1)
@@ -88,7 +89,9 @@ def _stable(subject: Subject, found: Outcome, tensors: list, grad: Callable) -> 
                         lambda out: shaken(grad(out.to(dtype))))  # fmt: skip
         moved = [max(pair) for pair in zip(moved, differences(again), strict=True)]
     plain = differences(outcome(lambda *t: call(*t, backend="reference"), tensors, grad))
-    limits = [max(4 * move, 2 * error) for move, error in zip(moved, plain, strict=True)]
+    exact = [b for b in (wanted.out, *wanted.grads) if b is not None and b.numel()]
+    within = [TOLERANCE[dtype] * max(floor, b.nan_to_num(0, 0, 0).abs().max().item()) for b in exact]
+    limits = [max(4 * move, 2 * error, near) for move, error, near in zip(moved, plain, within, strict=True)]
     return all(error <= limit for error, limit in zip(differences(found), limits, strict=True))
 
 
