@@ -156,7 +156,7 @@ def killed(place: Path, operators: str, tests: str) -> str:
     }.items():  # fmt: skip
         try:
             done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=place, env=environment,
-                                  capture_output=True, timeout=300)  # fmt: skip
+                                  capture_output=True, timeout=900)  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"{what} (no end)"
         if done.returncode:
