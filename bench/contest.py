@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from bench.memory import peak_memory
 from bench.rivals import Batched, Level, PerExpert, Take, gradient, levels_of, value
+from mtlkernels.slices import backward_in_slices
 from python_models import AdaTT, MMoE
 
 OURS = "ours"
 COMPILED, AUTOTUNED = "torch.compile", "torch.compile, max-autotune"
-VARIANTS = (OURS, "slices", "unbind", "batched", COMPILED)
+SLICED, SLICE_ROWS = "ours, 512 rows at a time", 512
+VARIANTS = (OURS, SLICED, "slices", "unbind", "batched", COMPILED)
 FORWARD, BACKWARD, BOTH = "forward", "backward", "fwd + bwd"  # forward: without gradients, as in serving
 
 # Largest relative L2 error against float64, of the output and of a gradient. A gradient's is larger by nature: where
@@ -120,6 +122,23 @@ class Contestant:
         return levels_of(self.network, take)
 
 
+class Sliced(Contestant):
+    """The step in slices of rows, by `mtlkernels.slices`."""
+
+    def step(self) -> Tensor:
+        """As of all rows at once, but that this much of the batch is in memory at a time."""
+        self.release()
+        outputs = []
+
+        def loss(x: Tensor, grad: Tensor) -> Tensor:
+            out = self.call(x)
+            outputs.append(out.detach())
+            return (out * grad).sum()
+
+        backward_in_slices(loss, self.x, self.grad, rows=SLICE_ROWS, reduction="sum")
+        return torch.cat(outputs)
+
+
 def build_ours(task: Task) -> nn.Module:
     """Our network for the task, initialised from its seed; the gates' biases too, which otherwise start at 0."""
     torch.manual_seed(task.seed)
@@ -146,9 +165,9 @@ def make_data(task: Task) -> tuple[Tensor, Tensor]:
 def build(variant: str, task: Task, levels: list[Level] | None = None) -> Contestant:
     """The variant with the weights `levels` (by default those of our network for the task)."""
     x, grad = make_data(task)
-    if variant == OURS:
+    if variant in (OURS, SLICED):
         network = build_ours(task)
-        return Contestant(network, network, x, grad)
+        return (Contestant if variant == OURS else Sliced)(network, network, x, grad)
     if variant not in (*VARIANTS, AUTOTUNED):
         raise ValueError(f"variant: got {variant!r}, expected one of {(*VARIANTS, AUTOTUNED)}")
     levels = levels if levels is not None else levels_of(build_ours(task), value)

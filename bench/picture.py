@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from bench.contest import COMPILED, OURS
+from bench.contest import COMPILED, OURS, SLICED
 from bench.timing import is_noisy
 
 LABELS = {
     OURS: "mtlkernels",
+    SLICED: "mtlkernels, 512 rows at a time",
     "slices": "per-expert modules, slices of x",
     "unbind": "per-expert modules, eager",
     "batched": "stacked weights, baddbmm and bmm",
@@ -35,7 +36,7 @@ def draw(records: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> 
         for axis, head in zip(axes, ("ms", "peak_mib"), strict=True):
             values = [row["ms"]["median"] if head == "ms" else row["peak_mib"] for row in rows]
             known = [0.0 if v is None else v for v in values]
-            colours = [ours if row["variant"] == OURS else other for row in rows]
+            colours = [ours if row["variant"] in (OURS, SLICED) else other for row in rows]
             axis.barh(range(len(rows)), known, color=colours, height=0.72)
             end = max(known) or 1.0
             for place, (row, v) in enumerate(zip(rows, values, strict=True)):
