@@ -118,6 +118,7 @@ def test_from_modules_keeps_frozen_weights_dropout_and_leaves_the_source_alone()
         ([nn.Sequential(nn.Linear(3, 2), nn.GELU("tanh"))], TypeError, "GELU must be the exact one"),
         ([nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))], TypeError, "BatchNorm1d must be affine"),
         ([nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2, bias=False))], TypeError, "LayerNorm must be affine"),
+        ([nn.Sequential(nn.Linear(3, 2), nn.Dropout(1.0))], TypeError, "Dropout must have p below 1; got 1.0"),
         ([nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))], ValueError, "layer 1 takes 3 features, layer 0 gives 2"),
         ([nn.Sequential(nn.ReLU())], TypeError, "ReLU comes where it cannot be stacked"),
         ([nn.Sequential()], TypeError, r"modules\[0\] holds no Linear layer"),
