@@ -22,8 +22,11 @@ class Nothing(torch.autograd.Function):
 
 @each_backend
 @pytest.mark.parametrize("name", USUAL)
-def test_no_gradient_comes(name, backend):
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_no_gradient_comes(name, traced, backend, monkeypatch):
+    """By way of the eager call, and of the operator that compiled and exported graphs hold."""
     subject = USUAL[name]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     leaves = [None if t is None else t.requires_grad_() for t in subject.make(torch.float32)]
     out = subject.bind("cpu")(*leaves, backend=backend)
     assert out.requires_grad
