@@ -33,20 +33,23 @@ TESTS = {
 }
 
 
-def pytest(words: list[str], cwd: Path = ROOT, before: tuple[str, ...] = (), **environment: str) -> int:
+def pytest(words: list[str], cwd: Path, before: tuple[str, ...] = (), **environment: str) -> int:
     """Runs the tests that are not slow; `before` are the words between python and -m pytest."""
     command = [sys.executable, *before, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *words]
     return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}).returncode
 
 
 def python(words: list[str]) -> int:
-    tool = ("-m", "coverage")
-    subprocess.run([sys.executable, *tool, "erase"], cwd=ROOT, check=True)
-    status = pytest(words, before=(*tool, "run"))
-    for command in (("combine", "-q"), ("json", "-q", "-o", OUT / "python.json")):
-        subprocess.run([sys.executable, *tool, *command], cwd=ROOT, check=True)
+    def coverage(verb: str, *more: object, to: int | None = None) -> None:
+        subprocess.run([sys.executable, "-m", "coverage", verb, data, *more], cwd=ROOT, stdout=to, check=True)
+
+    data = f"--data-file={OUT / 'measured'}"
+    coverage("erase")
+    status = pytest(words, ROOT, before=("-m", "coverage", "run", data))
+    coverage("combine", "-q")
+    coverage("json", "-q", "-o", OUT / "python.json")
     with open(OUT / "python.txt", "w") as listed:
-        subprocess.run([sys.executable, *tool, "report", "-m", "--skip-covered"], cwd=ROOT, stdout=listed, check=True)
+        coverage("report", "-m", "--skip-covered", to=listed.fileno())
     return status
 
 
@@ -54,7 +57,7 @@ def cpp(words: list[str]) -> int:
     place = tree(GCOV)
     for old in place.rglob("*.gcda"):
         old.unlink()
-    status = pytest(words, cwd=place, PYTHONPATH=str(place))
+    status = pytest(words, place, PYTHONPATH=str(place))
     gcovr("cpp", place / "build", root=place, only=r"csrc/(cpu/.*|library\.cpp)")
     return status
 
@@ -62,7 +65,7 @@ def cpp(words: list[str]) -> int:
 def cuda(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         flags = {"TMPDIR": folder, "MTLKERNELS_EMULATION_FLAGS": " ".join(GCOV)}
-        status = pytest(words, **flags)
+        status = pytest(words, ROOT, **flags)
         sources = Path(folder, "csrc")  # where gcov looks for them: as tests/cuda/emulated.py lays them out
         shutil.copytree(ROOT / "csrc", sources)
         shutil.copytree(ROOT / "tests" / "emulation", sources / "cuda", dirs_exist_ok=True)
