@@ -10,6 +10,7 @@
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)
+#   ONLY="python cpp"     for coverage: some of python, cpp and cuda (default: all of them)
 #   CASES=50000           for fuzz: how many
 #   TORCHES="2.11.0 ..."  for matrix: these versions of torch alone, gigabytes each
 #   HASHED=1              for env: every package but torch and triton at the version and with the hash of requirements-dev.txt
@@ -17,7 +18,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test test-all fuzz matrix lint format bench cuda gpu-check reproduce requirements clean
+.PHONY: help env build demo test test-all coverage fuzz matrix lint format bench cuda gpu-check reproduce requirements clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -79,6 +80,10 @@ test: build
 
 test-all: build
 	$(PYTEST)
+
+# Lines and branches that the tests of `make test` reach, in Python and in C++; what they don't is listed in build/coverage.
+coverage: build
+	$(PY) -m tests.coverage --workers $(WORKERS) $(if $(ONLY),--only $(ONLY))
 
 fuzz: build
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.fuzz --cases $(CASES)

@@ -77,8 +77,6 @@ def build(kind: type[T], found: Mapping[str, Any], prefix: str, origin: str) -> 
 def convert(value: Any, hint: Any) -> Any:
     """`value` as the type says; TypeError, saying what is expected, where it is another."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
     if origin is Literal:
         if value not in args:
             raise TypeError("one of " + ", ".join(repr(arg) for arg in args))

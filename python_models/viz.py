@@ -154,7 +154,7 @@ def draw_gate_entropy(
     for i, axes in enumerate(grid):
         lines = torch.stack([step[i].double().cpu() for step in history]).unbind(1)
         names = _names(len(lines), len(lines) if task_names is None else len(task_names), task_names)
-        if len(names) != len(lines):
+        if task_names is not None and len(lines) - len(task_names) not in (0, 1):  # 1: the shared unit's
             raise ValueError(f"task_names has {len(task_names)} names for {len(lines)} rows at level {i}")
         for r, line in enumerate(lines):
             shade = _ACCENT if r % 2 == 0 else "#6f6f6f"

@@ -216,6 +216,8 @@ def test_other_dtypes():
     assert not ok and (not _library.loaded() or "int8" in reason)
     ok, reason = backend.native_support("mix", on_gpu=True)(backend.Case("xpu", torch.float32))
     assert not ok and (not _library.loaded() or "xpu" in reason)
+    ok, reason = backend.native_support("expert_mix_saving", on_gpu=False)(backend.Case("cuda", torch.float32, 90))
+    assert not ok and (not _library.loaded() or "expert_mix_saving has no CUDA C++ kernel" in reason)
 
 
 ENVIRONMENT = """

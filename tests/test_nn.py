@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mtlkernels.nn import ExpertLinear, ExpertMLP, Towers
+from mtlkernels.norms import ExpertBatchNorm, ExpertLayerNorm
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -118,6 +119,7 @@ def test_from_modules_keeps_frozen_weights_dropout_and_leaves_the_source_alone()
         ([nn.Sequential(nn.Linear(3, 2), nn.GELU("tanh"))], TypeError, "GELU must be the exact one"),
         ([nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, affine=False))], TypeError, "BatchNorm1d must be affine"),
         ([nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2, bias=False))], TypeError, "LayerNorm must be affine"),
+        ([nn.Sequential(nn.Linear(3, 2), nn.Dropout(1.0))], TypeError, "Dropout must have p below 1; got 1.0"),
         ([nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))], ValueError, "layer 1 takes 3 features, layer 0 gives 2"),
         ([nn.Sequential(nn.ReLU())], TypeError, "ReLU comes where it cannot be stacked"),
         ([nn.Sequential()], TypeError, r"modules\[0\] holds no Linear layer"),
@@ -150,6 +152,15 @@ def test_norms_in_16_bit_and_empty(norm):
     assert empty.shape == (0, 2, 5)
     empty.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in mlp.parameters())
+
+
+@pytest.mark.parametrize("kind", [ExpertBatchNorm, ExpertLayerNorm])
+def test_norms_of_no_experts(kind):
+    """As a rank has them that holds none."""
+    norm, x = kind(0, 4), torch.zeros(3, 0, 4, requires_grad=True)
+    norm(x).sum().backward()
+    assert norm(x).shape == x.grad.shape == (3, 0, 4) and norm.weight.grad.shape == (0, 4)
+    assert "(2, 4), eps=1e-05" in repr(kind(2, 4))
 
 
 def test_batch_norm_of_one_row_in_training_raises():

@@ -45,7 +45,9 @@ class TableFile:
 
         options: dict[str, Any] = {"sep": "\t" if ".tsv" in self.path.name.lower() else ",", "encoding": "utf-8"}
         try:
-            header = list(pd.read_csv(self.path, nrows=0, **options))
+            # As a row: of a name that is there twice, pandas' header would have a second spelling.
+            header = pd.read_csv(self.path, header=None, nrows=1, dtype=str, keep_default_na=False, **options)
+            header = header.iloc[0].tolist()
             self._check_columns(wanted, header)
             dtype = {name: str for name in strings}
             # An empty field is missing; "NA" is a word like any other.

@@ -67,7 +67,8 @@ class Walk:
             if network.omoe:
                 raise ValueError("omoe: this layout has a gate for every task")
             pairs = zip(network.experts, network.gates, strict=True)
-            self.levels = [Level(experts, gates, [experts.num_experts]) for experts, gates in pairs]
+            # 1 of modules of one's own, which mlp() refuses.
+            self.levels = [Level(experts, gates, [getattr(experts, "num_experts", 1)]) for experts, gates in pairs]
         elif isinstance(network, CrossStitch):
             pairs = zip(network.experts, network.stitches, strict=True)
             self.levels = [Level(bank, None, [1] * network.num_tasks, matrix=stitch.weight) for bank, stitch in pairs]

@@ -71,8 +71,8 @@ class TaskModel(nn.Module):
             return outputs
         bias = self.bias(categorical)
         if isinstance(outputs, tuple):  # with the gates
-            return (_add(outputs[0], bias), *outputs[1:])
-        return _add(outputs, bias)
+            return (outputs[0] + bias, *outputs[1:])
+        return outputs + bias
 
     def _note(self, _core: nn.Module, _inputs: Any, output: Any) -> None:
         if self.training:
@@ -119,9 +119,3 @@ class TaskModel(nn.Module):
             shared = {id(p) for p in self.core.parameter_sets()[0]}
             return (p for p in self.core.parameters() if id(p) not in shared)
         return self.network.towers.parameters() if hasattr(self.network, "towers") else iter(())
-
-
-def _add(outputs: Tensor | dict[str, Tensor], bias: Tensor) -> Tensor | dict[str, Tensor]:
-    if isinstance(outputs, Tensor):
-        return outputs + bias
-    return {name: output + bias[:, t, None] for t, (name, output) in enumerate(outputs.items())}

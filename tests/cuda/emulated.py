@@ -42,13 +42,15 @@ def build(source: str, change: tuple[str, str, str] | None = None, define: str =
     files |= {f.name: f.read_text() for f in sorted(EMULATION.iterdir())}
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *([f"-D{define}"] if define else [])]
-    flags += os.environ.get("MTLKERNELS_EMULATION_FLAGS", "").split()  # of a sanitizer, say
+    flags += os.environ.get("MTLKERNELS_EMULATION_FLAGS", "").split()  # of a sanitizer or of gcov, say
     if source == "operators":
         flags.append("-fvisibility=hidden")  # as in the library, whose glue has torch's hidden types for members
     key = hashlib.sha256(repr((sorted(files.items()), flags, torch.__version__)).encode()).hexdigest()[:20]
     folder = Path(tempfile.gettempdir()) / f"mtlkernels-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{source}-{key}.so"
+    if "--coverage" in flags and change is None:
+        flags += ["-dumpdir", f"{folder}/{source}-{key}-"]  # its notes stay, but not those of kernels wrong on purpose
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as top:
             tmp = Path(top, "cuda")

@@ -124,6 +124,8 @@ def cases():
             dict(x=S(1), w=S(1), dw=S(2)),
             dict(x=S(0)),
         )
+    lie = dict(x=S(1), w=S(1), dw=S(2))
+    add("star_linear K", lambda t: mtl.star_linear(t["x"], t["d"], t["w"], t["dw"]), star, lie)
     y = (_draw(6, 2) > 0).double()
     m = torch.tensor([[1, 0, 2.0, 0, 1, 3], [0, 1, 1, 1, 0, 0]], dtype=torch.float64).T
     bce = dict(z=_draw(6, 2), y=y, m=m)
@@ -266,7 +268,8 @@ def silent(rank):
 
     mesh, sent, known = init_device_mesh("cpu", (2,)), {}, cases()
     for name in ("expert_linear relu 1", "expert_linear relu 2", "expert_linear gelu 3", "mix logits 3", "mix both 4",
-                 "mix static 1", "expert_mix both 1", "snr_linear True 2", "star_linear silu 1"):  # fmt: skip
+                 "mix static 1", "expert_mix both 1", "snr_linear True 2", "star_linear silu 1",
+                 "star_linear K 1"):  # fmt: skip
         call, tensors, lie = known[name]
         spread = {k: distribute_tensor(t.detach(), mesh, [lie.get(k, R)]) for k, t in tensors.items()}
         # What a rule cuts without sending may be given whole.

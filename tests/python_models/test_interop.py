@@ -373,6 +373,18 @@ def test_a_state_that_does_not_fit(change, words):
             "no batch norm at 'experts.0.0.mlp_net.0'",
         ),
         (lambda: MMoE(6, 2, 2, [[4]], gate=nn.Linear), "adatt.mmoe", TypeError, "modules of its own"),
+        (
+            lambda: MMoE(6, 2, 2, [[4]], expert=lambda k, dims: nn.Linear(k, *dims)),
+            "adatt.mmoe",
+            TypeError,
+            "network has modules of its own",
+        ),
+        (
+            lambda: MultiTaskModel(MMoE(6, 2, 2, [[4]]), Towers(4, 2, tower=nn.Linear)),
+            "adatt.mmoe",
+            TypeError,
+            "the towers are modules of their own",
+        ),
         (lambda: PLE(6, 2, 1, 1, [[4]], [3]), "adatt.ple", ValueError, "linear gates; the network has gate_dims"),
         (lambda: PLE(6, 2, 1, 0, [[4]]), "adatt.ple", ValueError, "shared_experts must be there"),
         (lambda: AdaTT(6, 2, 2, 1), "adatt.att_sp", ValueError, "shared_experts must not be there"),
@@ -397,6 +409,15 @@ def test_models_without_a_place(model, layout, error, words):
         export_state(model(), layout)
     with pytest.raises(error, match=words):
         import_state(model(), {}, layout)
+
+
+def test_what_is_no_state_and_has_no_memory():
+    with pytest.raises(TypeError, match="state must be a state_dict; got list"):
+        import_state(MMoE(6, 2, 2, [[4]]), [], "adatt.mmoe")
+    with torch.device("meta"):
+        model = MMoE(6, 2, 2, [[4]])
+    with pytest.raises(ValueError, match="model is on the meta device .* call to_empty first"):
+        import_state(model, {}, "adatt.mmoe")
 
 
 def test_every_layout_is_tested():

@@ -275,6 +275,12 @@ def test_starts_on_the_meta_device():
     assert model(torch.randn(7, 6)).isfinite().all() and model.penalty() > 0
 
 
+def test_a_factor_that_is_not_learned_is_one():
+    prior = MRN(6, 2, [5], learn=("task",), dtype=torch.bfloat16).priors[0]
+    found = prior.covariance("feature")
+    assert torch.equal(found, torch.eye(prior.shape[2])) and found.dtype == torch.float32
+
+
 def test_empty():
     model = MRN(6, 2, [0])
     model.update_covariances()

@@ -8,12 +8,15 @@ from torch import nn
 
 from python_models import (
     CGC,
+    MRN,
     MTAN,
     PLE,
+    STAR,
     AdaShare,
     AdaTT,
     BranchedMTL,
     CrossStitch,
+    LearnedBranching,
     MMoE,
     MultiTaskModel,
     SharedBottom,
@@ -24,6 +27,8 @@ from python_models import (
     SoftSharing,
     Towers,
 )
+from python_models.balancing import TaskBiasEmbedding
+from python_models.data import TableFeatures
 
 FUSIONS = {
     "shared bottom": lambda **k: SharedBottom(6, 2, [5, 4], **k),
@@ -187,6 +192,25 @@ def test_starts_on_the_meta_device(fusion):
             assert not module.bias.any()
     out = network(torch.randn(64, 6))
     assert out.isfinite().all() and 0 < out.abs().max() < 100
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: MMoE(6, 2, 3, [[5]]), "routes=[3, 3], packed=False"),
+        (lambda: BranchedMTL(6, 2, [[5], [4]], [[[0, 1]], [[0], [1]]]), "partitions=[[[0, 1]], [[0], [1]]]"),
+        (lambda: SNRTrans(6, 2, 3, [[5], [4]]), "3, 3, learned=True"),
+        (lambda: LearnedBranching(6, 2, [2, 2], [[5], [4]]), "children="),
+        (lambda: STAR(6, 3, [5]), "3, 6, 5, shared=True"),
+        (lambda: STAR(6, 3, [5]), "(3, 6), eps="),
+        (lambda: MRN(6, 3, [5]), "(3, 1, 5), learn=['task'], eps="),
+        (lambda: CrossStitch(6, 2, [[5]]), "(2, 2)"),
+        (lambda: TaskBiasEmbedding(2, (5, 7), [1]), "num_tasks=2, fields=[1], dim=1"),
+        (lambda: TableFeatures(2, (5, 7), 4), "2, vocab_sizes=(5, 7), embedding_dim=4"),
+    ],
+)
+def test_repr_says_what_it_is_made_of(make, said):
+    assert said in repr(make())
 
 
 def test_out_features_and_outputs():

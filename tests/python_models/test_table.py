@@ -175,7 +175,8 @@ def test_more_damage(tmp_path):
         (b"a,b\n1,2\n3,4,5\n", "Expected 2 fields in line 3, saw 3"),
         (b"a,b\n1,2,3\n3,4,5\n", "rows have more fields than the header, 2"),
         (b"a,b\n\xff,2\n", "decode"),
-        (b"a,a\n1,2\n", "has no column 'b'"),
+        (b"a,c\n1,2\n", "has no column 'b'; its columns are a, c"),
+        (b"a,b,a\n1,2,3\n", "has several columns named 'a'"),
         (gzip.compress(b"a,b\n1,2\n", mtime=0)[:15], "not a table"),
     ],
 )

@@ -155,6 +155,14 @@ def test_active():
     assert TaskLosses.active(None) is None
 
 
+def test_row_weights_of_one_tensor():
+    outputs, labels = data(("binary",) * 3, 9)
+    stacked, labels, rows = torch.from_numpy(np.stack(outputs, 1)), torch.from_numpy(labels), torch.rand(9) + 0.1
+    losses = TaskLosses(["binary"] * 3)
+    found, wanted = (losses(stacked, labels, weights=w) for w in (rows, rows[:, None].expand(9, 3)))
+    assert torch.equal(torch.stack(found), torch.stack(wanted)) and torch.stack(found).all()
+
+
 def test_integer_labels_and_bool_ones():
     outputs, _ = data(("binary", "multiclass"), 6)
     labels = torch.tensor([[0, 3], [1, 0], [1, 1], [0, 2], [0, 3], [1, 1]])

@@ -134,8 +134,20 @@ def test_draws_a_task_tree():
             ValueError,
             r"gates\[1\] reads 2 sub-networks \(columns\), gates\[0\] has 3 rows",
         ),
+        (
+            lambda: viz.draw_gate_entropy([[torch.ones(5)]], task_names=NAMES),
+            ValueError,
+            "task_names has 3 names for 5 rows at level 0",
+        ),
+        (
+            lambda: viz.draw_gate_entropy([[torch.ones(2)]], task_names=NAMES),
+            ValueError,
+            "task_names has 3 names for 2 rows at level 0",
+        ),
+        (lambda: viz.draw_connections([]), ValueError, "gates must hold at least one level"),
         (lambda: viz.draw_connections([torch.ones(3, 2)], NAMES[:2]), ValueError, "output_names has 2 names for 3"),
         (lambda: viz.draw_task_tree([]), ValueError, "partitions must hold at least one layer"),
+        (lambda: viz.draw_task_tree([[[0, 1]]], NAMES), ValueError, "task_names has 3 names for 2 tasks"),
         (lambda: viz.draw_task_tree([[[0, 1]], [[0]]]), ValueError, r"partitions\[1\] must hold every task 0..1 once"),
         (
             lambda: viz.draw_task_tree([[[0], [1]], [[0, 1]]]),

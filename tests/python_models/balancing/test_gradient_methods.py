@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from toy import Toy, batch, gradients, same, weighted_gradients
 
+from mtlkernels.nn import Towers
 from python_models.balancing import MGDA, FixedWeights, GradDrop, GradientMethod, PCGrad, RotoGrad, UncertaintyWeighting
 from python_models.balancing.task_gradients import leaves_above
 
@@ -279,6 +280,21 @@ def test_the_room_for_gradients_is_kept_and_not_copied():
     same(step(copied, plain, batch()), step(method, plain, batch()))
 
 
+@pytest.mark.parametrize("make", [Sum, SumAtZ])
+def test_a_task_that_hangs_on_nothing(make):
+    """A loss that is a constant, and one that does not come by way of the representation, add nothing there."""
+    model = Parted()
+    wanted = weighted_gradients(model, batch(), [0, 0, 1])
+    model.zero_grad()
+    losses, z = model.parts(batch())
+    losses[0], losses[1] = losses[0].detach(), model.heads[1].weight.square().sum()
+    method = make(3)
+    method.backward(losses, **place(method, model, z))
+    found, trunk = gradients(model), [name for name in wanted if "heads" not in name]
+    same({name: found[name] for name in trunk}, {name: wanted[name] for name in trunk}, 1e-12)
+    torch.testing.assert_close(found["heads.1.weight"], 2 * model.heads[1].weight.detach())
+
+
 def test_bad_arguments_are_named():
     model = Parted()
     losses, z = model.parts(batch())
@@ -305,6 +321,16 @@ def test_bad_arguments_are_named():
             GradDrop(3, leak=leak)
     with pytest.raises(ValueError, match="rotated must be at most"):
         RotoGrad(3, 4, rotated=5)
+    with pytest.raises(TypeError, match="representation must be a tensor; got list"):
+        GradDrop(3).backward(losses, representation=[z])
+    with pytest.raises(ValueError, match=r"representation must be \[B, ...\]; got shape \(5,\)"):
+        GradDrop(3).backward(losses, representation=torch.ones(5, requires_grad=True))
+    with pytest.raises(ValueError, match=r"representation must be z \[B,d\].* got None"):
+        RotoGrad(3, 4).backward(losses)
+    with pytest.raises(ValueError, match=r"z must be \[B,5\]; got shape"):
+        RotoGrad(3, 5).rotate(z)
+    with pytest.raises(ValueError, match="towers must be a bank with one first layer a task"):
+        RotoGrad(3, 4).fold(Towers(4, 2))
 
 
 def test_the_graph_below_z_is_left_alone():

@@ -228,6 +228,21 @@ def test_rotograd_sizes():
     torch.testing.assert_close(combine(method, now), wanted)
 
 
+def test_rotograd_may_rotate_alone():
+    rows = draw(3, 5 * 4)
+    method = RotoGrad(3, 4, rotate_only=True).double()
+    assert torch.equal(combine(method, rows), rows.sum(0)) and method._direction > 0
+
+
+def test_lengths_past_the_range():
+    """Finite gradients, whose lengths or products are not: the plain sum, and equal parts."""
+    rows = draw(3, 20).float() * 1e30
+    method = RotoGrad(3, 4)
+    assert torch.equal(combine(method, rows), rows.sum(0)) and not method.initial.any()
+    products = torch.tensor([[1.0, 0], [0, torch.inf]], dtype=torch.float64)
+    assert least_norm(products).tolist() == [0.5, 0.5]
+
+
 def test_rotations_are_rotations():
     method = RotoGrad(3, 6, rotated=4).double()
     with torch.no_grad():

@@ -90,6 +90,7 @@ def test_what_tasks_share():
         (Balancing(weighting_options={"alpha": 1}), "weighting_options need a balancing.weighting"),
         (Balancing(weighting="Foo"), "balancing.weighting is 'Foo'"),
         (Balancing(weighting="FixedWeights"), "goes with a method that works on gradients; FixedWeights weighs by"),
+        (Balancing(options={"weights": [1.0]}), "balancing.options of FixedWeights: weights"),
         (Balancing(shared=("x.*",)), r"balancing.shared 'x.\*' matches no parameter"),
         (Balancing(representation="network.fusio"), "representation is 'network.fusio'; did you mean 'network.fusion'"),
     ],

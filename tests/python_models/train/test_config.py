@@ -63,6 +63,8 @@ def test_the_example_has_every_key():
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be a number; got 'fast'"),
         ({"balancing": {"shared": "x"}}, "balancing.shared must be a list; got 'x'"),
         ({"model": {"options": 1}}, "model.options must be a table; got 1"),
+        ({"model": {"towers": 1}}, "model.towers must be a table; got 1"),
+        ({"model": {"penalty": "much"}}, "model.penalty must be a number or nothing; got 'much'"),
     ],
 )
 def test_errors_name_the_key(table, message):

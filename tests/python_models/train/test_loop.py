@@ -180,6 +180,17 @@ def test_early_stopping_keeps_the_best(small, tmp_path):
     assert again.run() and again.progress.step == progress.step
 
 
+def test_a_best_of_steps_that_are_not_done_again(small, tmp_path):
+    """Killed after the best was written, and taken up with fewer epochs: those weights are of no step of this run."""
+    whole = run(small(train={"epochs": 3}), splits_for("MMoE"), tmp_path)
+    assert whole.use_best()
+    state = checkpoint.load(tmp_path / BEST)
+    checkpoint.save(tmp_path / BEST, state | {"step": whole.progress.best_step + 6})
+    weights = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    assert not whole.use_best()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.state_dict().items())
+
+
 def test_the_better_direction(small, tmp_path):
     config = small(train={"epochs": 6}, stopping={"metric": "task_1.auc"})
     whole = run(config, splits_for("MMoE"), tmp_path)

@@ -89,6 +89,16 @@ def test_esmm_sees_both_on_all_rows():
     assert torch.equal(model.conversion_logits(data.numeric, data.categorical), logits["pCVR"])
 
 
+def test_mrn_learns_its_covariances_every_hundred_steps():
+    data = make_synthetic((50, 0, 0), 5, binary="bernoulli").train
+    model = registry.build(Model(name="MRN", penalty=0.1), data)
+    before = model.core.task_correlation().clone()
+    model.after_step(99)
+    assert torch.equal(model.core.task_correlation(), before)
+    model.after_step(100)
+    assert not torch.equal(model.core.task_correlation(), before)
+
+
 def test_star_reads_the_domain():
     data = with_domain(make_synthetic((50, 0, 0), 5, binary="bernoulli").train)
     model = registry.build(Model(name="STAR"), data).eval()

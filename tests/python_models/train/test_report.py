@@ -95,6 +95,14 @@ def test_json(small, tmp_path):
     assert found["metrics"]["test"] == json.loads(json.dumps(loop.evaluate(loop.splits.test)))
 
 
+def test_a_run_that_is_not_finished(small, tmp_path):
+    loop = Loop(small(train={"epochs": 3}), splits_for("MMoE"), tmp_path)
+    assert not loop.run(lambda: loop.progress.step == 7)
+    report.write(loop)
+    assert "7 of 18 steps" in (tmp_path / "report.html").read_text()
+    assert "(not finished)" in (tmp_path / "report.html").read_text()
+
+
 def test_esmm_is_measured_after_the_click(small, tmp_path):
     loop = finished("ESMM", small, tmp_path)
     tasks = report.write(loop)["metrics"]["test"]["tasks"]

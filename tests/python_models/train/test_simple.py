@@ -179,6 +179,17 @@ def test_features_are_one_embedding_a_field():
         ({"numeric": torch.full((20, 2), math.nan)}, ValueError, "numeric"),
         ({"labels": torch.full((20, 2), 2.0)}, ValueError, "labels"),
         ({"kind": "ranking"}, ValueError, "kind"),
+        ({"weights": torch.full((20, 2), -1.0)}, ValueError, "weights: got a number below 0"),
+        ({"domain": torch.arange(20) - 1, "num_domains": 19}, ValueError, "domain: got ids -1 to 18, expected 0 to 18"),
+        ({"domain": torch.zeros(20), "num_domains": 1}, TypeError, "domain: got dtype torch.float32, expected"),
+        ({"group": torch.zeros(19, dtype=torch.int64)}, ValueError, r"group: got shape \[19\], expected \[20\]"),
+        ({"num_classes": (3,)}, ValueError, r"num_classes: got \(3,\), expected one number a task"),
+        ({"kind": "multiclass", "num_classes": (2, 1)}, ValueError, "num_classes: task b has 1, expected 2 at least"),
+        (
+            {"kind": "multiclass", "num_classes": (2, 3), "labels": torch.full((20, 2), 2.0)},
+            ValueError,
+            "labels: task a has a class outside 0 to 1",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_named(change, error, message):
