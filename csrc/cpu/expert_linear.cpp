@@ -71,10 +71,12 @@ std::vector<Task> tasks_of(const Problem& p) {
 // Rows that few columns read go to the tile from where they lie; copies pay when many panels read them.
 void multiply(const Problem& p, const PackKernels& pack, const Operand& x, const void* panels, int64_t rows,
               int64_t cols, Output out, size_t element) {
-  const int64_t in_place = element == p.packed_size && cols <= p.tile_cols ? rows / p.tile_rows * p.tile_rows : 0;
-  if (in_place) pack.multiply(x.data, x.stride, panels, in_place, cols, p.features, out);
-  if (in_place == rows) return;
+  // bfloat16 lies in pairs already, unless the last of a row has none.
+  const bool packed = p.pairs ? p.features % 2 == 0 && x.stride % 2 == 0 : element == p.packed_size;
+  const int64_t in_place = packed && cols <= p.tile_cols ? rows / p.tile_rows * p.tile_rows : 0;
   const int64_t depth = p.depth(p.features);
+  if (in_place) pack.multiply(x.data, p.pairs ? x.stride / 2 : x.stride, panels, in_place, cols, depth, out);
+  if (in_place == rows) return;
   void* copy = scratch(1, round_up(rows - in_place, p.tile_rows) * depth * p.packed_size);
   pack.rows(moved(x, in_place, 0, element), rows - in_place, p.features, copy);
   out.y = static_cast<char*>(out.y) + in_place * out.stride * element;

@@ -31,18 +31,27 @@ void forward_few(Problem& p, const Tensor& x, const Tensor& weight, const Option
   });
   if (bias_in) pack_w.widen(dense(*bias_in).const_data_ptr(), biases, p.columns());
 
+  // Weights that lie as the tile reads them are read where they lie, but for the rows of a tile that is not whole.
+  const bool in_place = p.pairs ? p.features % 2 == 0 : weight.element_size() == p.packed_size;
   std::vector<Task> tasks;
   const int64_t share = kTurnedTiles * p.tile_rows;
   for (const Unit& u : p.units)
     for (int64_t r = 0; r < u.cols; r += share) tasks.push_back({&u, r, std::min(share, u.cols - r)});
   run_tasks(int64_t(tasks.size()), p.work(), [&](int64_t i) {
     const Task& t = tasks[i];
-    const int64_t first = t.unit->first + t.row;
-    void* rows = scratch(1, share * depth * p.packed_size);
-    pack_w.rows(moved(weight_of(weight, p, *t.unit), t.row, 0, weight.element_size()), t.rows, p.features, rows);
-    const Output out{y + first * element, z ? z + first * element : nullptr,
-                     bias_in ? biases + first * packed : nullptr, activation, p.columns()};
-    pack.multiply_turned(rows, panels + t.unit->panels * packed, t.rows, p.batch, depth, out);
+    const Operand rows = moved(weight_of(weight, p, *t.unit), t.row, 0, weight.element_size());
+    const auto product = [&](const void* a, int64_t from, int64_t n) {
+      const int64_t first = t.unit->first + t.row + from;
+      const Output out{y + first * element, z ? z + first * element : nullptr,
+                       bias_in ? biases + first * packed : nullptr, activation, p.columns()};
+      pack.multiply_turned(a, panels + t.unit->panels * packed, n, p.batch, depth, out);
+    };
+    const int64_t whole = in_place ? t.rows / p.tile_rows * p.tile_rows : 0;
+    if (whole) product(rows.data, 0, whole);
+    if (whole == t.rows) return;
+    void* copy = scratch(1, share * depth * p.packed_size);
+    pack_w.rows(moved(rows, whole, 0, weight.element_size()), t.rows - whole, p.features, copy);
+    product(copy, whole, t.rows - whole);
   });
 }
 

@@ -111,8 +111,9 @@ void multiply(const void* a, int64_t a_stride, const void* b, int64_t rows, int6
   for (int64_t c = 0; c < cols; c += width) {
     const P* bp = static_cast<const P*>(b) + c * depth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
+      const P* ap = static_cast<const P*>(a) + r * a_stride;
       if (ahead) ask<2>(*ahead);
-      multiply_tile<Layout::kRows>(depth, static_cast<const P*>(a) + r * a_stride, a_stride, bp, tile, width, false);
+      multiply_columns(cols - c, depth, ap, a_stride, bp, tile);
       finish_tile<S>(tile, r, c, std::min<int64_t>(kTileRows, rows - r), std::min<int64_t>(width, cols - c), out);
     }
   }
@@ -130,11 +131,7 @@ void multiply_turned(const void* a, const void* b, int64_t rows, int64_t cols, i
     const int64_t n = std::min<int64_t>(width, cols - c);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const P *ap = static_cast<const P*>(a) + r * depth, *bp = static_cast<const P*>(b) + c * depth;
-      // With few columns half of the sums are enough.
-      if (n <= kLanes<C>)
-        multiply_tile<Layout::kRows, P, C, 1>(depth, ap, depth, bp, tile, width, false);
-      else
-        multiply_tile<Layout::kRows>(depth, ap, depth, bp, tile, width, false);
+      multiply_columns<P, true>(n, depth, ap, depth, bp, tile);
       turn(lines, n, turned + r, kTurnedTiles * kTileRows);
     }
     for (int64_t j = 0; j < n; ++j) {

@@ -16,13 +16,21 @@ namespace mtl::MTL_ISA {
 // elements of one depth do. Rows cost nothing to make, since they are only copied.
 enum class Layout { kRows, kPanel };
 
-// What a product's operands are packed in, and one step of the depth: numbers of the type of sums, or pairs.
+// What a product's operands are packed in, and one step of the depth with vectors V of sums: numbers of the type of
+// sums, or pairs.
 template <class P>
 struct Packed {
   using Sum = P;
-  using Wide = Vector<P>;
-  static Wide wide(const P* b) { return load(b); }
-  static void step(Vector<P>& sum, P a, Wide b) { sum += a * b; }
+  template <class V>
+  static V wide(const P* b) {
+    V v;
+    std::memcpy(&v, b, sizeof(v));
+    return v;
+  }
+  template <class V>
+  static void step(V& sum, P a, V b) {
+    sum += a * b;
+  }
 };
 
 #if defined(__AVX512BF16__)
@@ -34,31 +42,46 @@ struct Pair {
 template <>
 struct Packed<Pair> {
   using Sum = float;
-  using Wide = __m512bh;
-  static Wide wide(const Pair* b) { return (__m512bh)_mm512_loadu_si512(b); }
-  static void step(Vector<float>& sum, Pair a, Wide b) {
-    const auto both = (__m512bh)_mm512_set1_epi32(__builtin_bit_cast(int32_t, a));
-    sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, both, b);
+  template <class V>
+  static V wide(const Pair* b) {
+    V v;
+    std::memcpy(&v, b, sizeof(v));
+    return v;
+  }
+  template <class V>
+  static void step(V& sum, Pair a, V b) {
+    const int32_t both = __builtin_bit_cast(int32_t, a);
+    if constexpr (sizeof(V) == 64)
+      sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(both), (__m512bh)b);
+    else
+      sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(both), (__m256bh)b);
   }
 };
 #endif
 
 // tile [kTileRows][kTileCols], rows `stride` apart, = sum over depth of a (x) b; with `add`, on top of what it holds;
-// with `past`, past the caches: the tile's rows are whole lines. Of its columns the first `vectors` vectors.
-template <Layout layout, class P, class C = typename Packed<P>::Sum, int vectors = 2>
+// with `past`, past the caches: the tile's rows are whole lines. Of its columns the first `cols`, two vectors, one, or
+// half of one. With `fetch` the rows after these, which lie behind them, are asked for meanwhile.
+template <Layout layout, class P, class C = typename Packed<P>::Sum, int cols = kTileCols<C>, bool fetch = false>
 inline void multiply_tile(int64_t depth, const P* a, int64_t a_stride, const P* b, C* tile, int64_t stride, bool add,
                           bool past = false) {
-  constexpr int lanes = kLanes<C>;
-  Vector<C> sum[kTileRows][vectors];
+  constexpr int lanes = std::min(cols, kLanes<C>), vectors = cols / lanes;
+  using V = typename VectorOf<C, lanes * sizeof(C)>::type;
+  V sum[kTileRows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) sum[i][v] = add ? load(tile + i * stride + v * lanes) : Vector<C>{};
+    for (int v = 0; v < vectors; ++v) {
+      sum[i][v] = V{};
+      if (add) std::memcpy(&sum[i][v], tile + i * stride + v * lanes, sizeof(V));
+    }
   }
+  const P* next = a + kTileRows * depth;
   for (int64_t k = 0; k < depth; ++k) {
-    typename Packed<P>::Wide from_b[vectors];
+    if (fetch) __builtin_prefetch(next + k * kTileRows);
+    V from_b[vectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) from_b[v] = Packed<P>::wide(b + v * lanes);
+    for (int v = 0; v < vectors; ++v) from_b[v] = Packed<P>::template wide<V>(b + v * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
       const P from_a = layout == Layout::kRows ? a[i * a_stride] : a[i];
@@ -71,8 +94,26 @@ inline void multiply_tile(int64_t depth, const P* a, int64_t a_stride, const P* 
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) store(tile + i * stride + v * lanes, sum[i][v], past);
+    for (int v = 0; v < vectors; ++v) {
+      if constexpr (sizeof(V) == kVectorBytes)
+        store(tile + i * stride + v * lanes, sum[i][v], past);
+      else
+        std::memcpy(tile + i * stride, &sum[i][v], sizeof(V));
+    }
   }
+}
+
+// The first `n` columns of a tile [kTileRows][kTileCols], at least: narrower vectors do for few. Half of one is worth
+// it where the processor takes two of them at a time.
+template <class P, bool fetch = false, class C = typename Packed<P>::Sum>
+inline void multiply_columns(int64_t n, int64_t depth, const P* a, int64_t a_stride, const P* b, C* tile) {
+  constexpr int width = kTileCols<C>, half = kVectorBytes == 64 ? width / 4 : width / 2;
+  if (n <= half)
+    multiply_tile<Layout::kRows, P, C, half, fetch>(depth, a, a_stride, b, tile, width, false);
+  else if (n <= width / 2)
+    multiply_tile<Layout::kRows, P, C, width / 2, fetch>(depth, a, a_stride, b, tile, width, false);
+  else
+    multiply_tile<Layout::kRows, P, C, width, fetch>(depth, a, a_stride, b, tile, width, false);
 }
 
 // A matrix as it lies in memory, rows dense. With `saved` (same layout) its elements are gradients of an activation's
@@ -99,29 +140,36 @@ struct Source {
   }
 };
 
-// to[j * width + i] = from[i][j], j < n. Four by four: one number at a time, or gathered, it costs five times as much.
+// to[j * stride + i] = from[i][j], j < n. Four by four: one number at a time, or gathered, it costs five times as much.
+// A line of four rows, then of the next four: rows often lie a page apart, where a line of each of 32 rows would throw
+// out the others before it is used up.
 template <int width, class C>
 void turn(const C* const (&from)[width], int64_t n, C* to, int64_t stride = width) {
   int64_t j = 0;
   if constexpr (sizeof(C) == 4) {
     typedef uint32_t Four __attribute__((vector_size(16)));
     constexpr int whole = width / 4 * 4;
-    for (; j + 4 <= n; j += 4) {
+    const int64_t end = n / 4 * 4;
+    for (; j < end; j += 16) {
+      const int64_t line = std::min<int64_t>(end, j + 16);
       for (int i = 0; i < whole; i += 4) {
-        Four row[4];
-        for (int l = 0; l < 4; ++l) std::memcpy(&row[l], from[i + l] + j, sizeof(Four));
-        const Four low = __builtin_shuffle(row[0], row[1], Four{0, 4, 1, 5});
-        const Four low2 = __builtin_shuffle(row[2], row[3], Four{0, 4, 1, 5});
-        const Four high = __builtin_shuffle(row[0], row[1], Four{2, 6, 3, 7});
-        const Four high2 = __builtin_shuffle(row[2], row[3], Four{2, 6, 3, 7});
-        const Four column[4] = {
-            __builtin_shuffle(low, low2, Four{0, 1, 4, 5}), __builtin_shuffle(low, low2, Four{2, 3, 6, 7}),
-            __builtin_shuffle(high, high2, Four{0, 1, 4, 5}), __builtin_shuffle(high, high2, Four{2, 3, 6, 7})};
-        for (int l = 0; l < 4; ++l) std::memcpy(to + (j + l) * stride + i, &column[l], sizeof(Four));
+        for (int64_t k = j; k < line; k += 4) {
+          Four row[4];
+          for (int l = 0; l < 4; ++l) std::memcpy(&row[l], from[i + l] + k, sizeof(Four));
+          const Four low = __builtin_shuffle(row[0], row[1], Four{0, 4, 1, 5});
+          const Four low2 = __builtin_shuffle(row[2], row[3], Four{0, 4, 1, 5});
+          const Four high = __builtin_shuffle(row[0], row[1], Four{2, 6, 3, 7});
+          const Four high2 = __builtin_shuffle(row[2], row[3], Four{2, 6, 3, 7});
+          const Four column[4] = {
+              __builtin_shuffle(low, low2, Four{0, 1, 4, 5}), __builtin_shuffle(low, low2, Four{2, 3, 6, 7}),
+              __builtin_shuffle(high, high2, Four{0, 1, 4, 5}), __builtin_shuffle(high, high2, Four{2, 3, 6, 7})};
+          for (int l = 0; l < 4; ++l) std::memcpy(to + (k + l) * stride + i, &column[l], sizeof(Four));
+        }
       }
       for (int i = whole; i < width; ++i)
-        for (int l = 0; l < 4; ++l) to[(j + l) * stride + i] = from[i][j + l];
+        for (int64_t k = j; k < line; ++k) to[k * stride + i] = from[i][k];
     }
+    j = end;
   }
   for (; j < n; ++j)
     for (int i = 0; i < width; ++i) to[j * stride + i] = from[i][j];

@@ -29,9 +29,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 6;
 #endif
 
-template <class C>
+template <class C, int bytes = kVectorBytes>
 struct VectorOf {
-  typedef C type __attribute__((vector_size(kVectorBytes)));
+  typedef C type __attribute__((vector_size(bytes)));
 };
 template <class C>
 using Vector = typename VectorOf<C>::type;
@@ -95,6 +95,14 @@ inline void narrow(const C* src, S* dst, int64_t n) {
     for (; i + 8 <= n; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+#if defined(__AVX512BF16__)
+  // Rounds as the loop below does, but that what is too small for a normal number becomes zero.
+  if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<C, float>) {
+    for (; i + 32 <= n; i += 32)
+      _mm512_storeu_si512(dst + i,
+                          (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(src + i + 16), _mm512_loadu_ps(src + i)));
   }
 #endif
   for (; i < n; ++i) dst[i] = static_cast<S>(src[i]);
