@@ -54,7 +54,7 @@ Problem linear_problem(const Tensor& x, const Tensor& weight,
 
 // Forward for up to kFewRows rows: the weights, which are most of what is read then, are read as they lie. z may be
 // null.
-constexpr int64_t kFewRows = 128;
+constexpr int64_t kFewRows = 64;
 void forward_few(Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Activation activation,
                  char* y, char* z);
 
