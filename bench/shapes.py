@@ -73,6 +73,7 @@ _WIDTHS = {"K": 128, "N": 64, "D": 64}
 NETWORKS: dict[str, dict[str, int]] = {
     "industrial": {},
     "AdaTT Census": {"B": 4096, "K": 128, "N": 128, "D": 64, "T": 3, "E": 6},
+    "industrial, 8 tasks": {"T": 8, "E": 16},
     "MMoE 8 x 16": {"B": 1024, "K": 100, "N": 16, "D": 8, "T": 2},
     "PLE EasyRec": {"B": 2048, "K": 256, "N": 256, "D": 64, "T": 4, "m": 3, "s": 3},
     "MTReclib": {"B": 2048, "K": 2176, "N": 512, "D": 256, "T": 2},
