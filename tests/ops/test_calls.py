@@ -11,11 +11,12 @@ from mtlkernels.ops._operator import Operator
 
 from . import test_expert_linear as linear_cases
 from . import test_mix as mix_cases
-from .cases import SOME, native_only, outcome, same_bits, tiny_call, tiny_inputs
+from .cases import SOME, close, native_only, outcome, same_bits, tiny_call, tiny_inputs
 
 pytestmark = native_only
 X, W, BIAS, X3 = linear_cases.X, linear_cases.W, linear_cases.BIAS, linear_cases.X3
 H, L, S, M, ROUTES = mix_cases.H, mix_cases.L, mix_cases.S, mix_cases.M, mix_cases.ROUTES
+BOTH = "native", "reference"
 ONE, V = torch.zeros(2, 1, 3), torch.zeros(4)
 
 
@@ -190,7 +191,8 @@ def test_one_tensor_alone_wants_a_gradient_by_the_long_way(alone, monkeypatch):
     for call, args, without in ((mtl.expert_linear, linear, (2,)), (mtl.mix, mix, (1, 2))):
         for left_out in ((), *((n,) for n in without if n != alone)):
             given = [None if n in left_out else t.requires_grad_(n == alone) for n, t in enumerate(args)]
-            assert call(*given, backend="native").requires_grad
+            found, wanted = (torch.autograd.grad(call(*given, backend=b).sum(), args[alone])[0] for b in BOTH)
+            close(found, wanted)
 
 
 def test_counts_are_kept_as_they_were():
