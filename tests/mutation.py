@@ -236,7 +236,7 @@ def main() -> int:
                 by = "AddressSanitizer"
             results.append({"part": part, "mutant": str(mutant), "by": by})
             args.out.write_text(json.dumps({"seed": args.seed, "results": results}, indent=1) + "\n")
-            progress.console.print(f"{mutant}: {by or 'SURVIVED'}", soft_wrap=True)
+            progress.console.print(f"{mutant}: {by or 'SURVIVED'}", soft_wrap=True, markup=False, emoji=False)
         for part in ("ops", "csrc"):
             mine = [r for r in results if r["part"] == part and r["by"] != "the compiler"]
             if mine:
