@@ -1,8 +1,10 @@
 """python -m tests.mutation [--sample 40] [--seed 1] [--only ops|csrc] [--out FILE]: how many planted faults show.
 
 A mutant is one place of mtlkernels/ops or csrc/cpu changed: a comparison, an operator, a constant, min for max. Each is
-tried in a copy of the project, by random calls first and by the operator's own tests where those see nothing. Places
-that only tune (thread counts, prefetching, sizes of blocks) are left out by name, for they change no result.
+tried in a copy of the project: by random calls, by the tests of the operator where those see nothing, then by the tests
+that go over all operators, and in C++ at last by the random calls of tests/sanitizers, under AddressSanitizer. Places
+that only tune are left out by name, for they change no result: thread counts, prefetching, how many rows and columns a
+piece of work has, the estimate of its cost, the size of scratch memory.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.progress import Progress
+
+from tests.sanitizers.instrumented import ADDRESS, run
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("csrc", "mtlkernels", "python_models", "bench", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -67,10 +71,14 @@ SWAPS |= {
     "0": "1",
 }
 SWAPS |= {"true": "false", "false": "true", "1": "2", "2": "3", "std::min": "std::max", "std::max": "std::min"}
+# The tests that go over all operators.
+SHARED = ("partial_gradients", "sizes", "calls", "compile", "autograd", "bad_input", "bad_rest", "mix_numerics")
+SHARED += ("star_linear_numerics",)
 # How work is cut, spread and fetched: another number there is as right.
 TUNING = re.compile(
-    r"constexpr|ahead|Ahead|stream|kStream|threads|work\(|run_tasks|lane|splits|slices|block_rows|kColumns|kRows|kNumbers|"
-    r"kTasks|kSum|kPart|kSet|kPhase|kBlock|kEnough|kFew|grain|round_up|reserve|is_compiling|goes_straight|explain|scratch"
+    r"constexpr|ahead|Ahead|stream|kStream|threads|\bwork\b|work\(|run_tasks|lane|kLane|kDomainCost|splits|slices|block_rows|"
+    r"kColumns|kRows|kNumbers|kTasks|kSum|kPart|kSet|kPhase|kBlock|kEnough|kFew|grain|round_up|reserve|is_compiling|"
+    r"goes_straight|explain|scratch|\bbytes\(|(fit|block|most|target|space) = std::(max|clamp)"
 )
 
 
@@ -127,14 +135,15 @@ def of_cpp(path: Path) -> Iterator[Mutant]:
                 yield Mutant(file, number, found.start(), found.group(), SWAPS[found.group()])
 
 
-def copied(place: Path) -> None:
+def copied(place: Path, flags: tuple[str, ...] = ("-O1",)) -> None:
     """The project in `place`, its library compiled there, in a third of the time that optimising takes."""
+    place.mkdir(exist_ok=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "lib")
     for name in COPIED:
         source = ROOT / name
         shutil.copytree(source, place / name, ignore=ignored) if source.is_dir() else shutil.copy2(source, place / name)
     wrapper = place / "cxx"
-    wrapper.write_text(f'#!/bin/sh\nexec "{shutil.which(os.environ.get("CXX", "g++"))}" "$@" -O1\n')
+    wrapper.write_text(f'#!/bin/sh\nexec "{shutil.which(os.environ.get("CXX", "g++"))}" "$@" {" ".join(flags)}\n')
     wrapper.chmod(0o755)
     assert build(place), "the project does not compile"
 
@@ -147,12 +156,14 @@ def build(place: Path) -> bool:
 
 def killed(place: Path, operators: str, tests: str) -> str:
     """What noticed: "random calls", "tests", or "" where nothing did."""
-    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     calls = "import sys\nfrom tests.mutation import try_calls\ntry_calls(sys.argv[1].split())"
     for what, command in {
         "random calls": ["-c", calls, operators],
         "tests": ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow",
                   *(f"tests/ops/{name}" for name in tests.split())],
+        "shared tests": ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow",
+                         *(f"tests/ops/test_{name}.py" for name in SHARED)],
     }.items():  # fmt: skip
         try:
             done = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=place, env=environment,
@@ -162,6 +173,21 @@ def killed(place: Path, operators: str, tests: str) -> str:
         if done.returncode:
             return what
     return ""
+
+
+def read_or_written_outside(place: Path, mutant: Mutant) -> bool:
+    """Whether AddressSanitizer sees something at random calls, in a copy of its own that is made for the first one."""
+    if not place.exists():
+        copied(place, ADDRESS)
+    path = place / mutant.file
+    text = path.read_text()
+    path.write_text(mutant.apply(text))
+    try:
+        return build(place) and run(place, ADDRESS, "native", "60", "1").returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(text)
 
 
 def try_calls(operators: list[str]) -> None:
@@ -189,6 +215,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("ops", "csrc"))
     parser.add_argument("--out", type=Path, default=Path("bench/out/mutation.json"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rng, chosen = random.Random(args.seed), []
     for part, folder, files, of in (("ops", "mtlkernels/ops", PYTHON, of_python), ("csrc", "csrc/cpu", NATIVE, of_cpp)):
         every = [m for name in files for m in of(ROOT / folder / name)]
@@ -197,7 +224,7 @@ def main() -> int:
             chosen += [(part, files[Path(m.file).name], m) for m in rng.sample(every, min(args.sample, len(every)))]
     results = []
     with tempfile.TemporaryDirectory() as folder, Progress() as progress:
-        place = Path(folder)
+        place = Path(folder, "plain")
         copied(place)
         for part, (operators, tests), mutant in progress.track(chosen, description="mutants"):
             path = place / mutant.file
@@ -205,15 +232,16 @@ def main() -> int:
             path.write_text(mutant.apply(text))
             by = killed(place, operators, tests) if part == "ops" or build(place) else "the compiler"
             path.write_text(text)
+            if not by and part == "csrc" and read_or_written_outside(Path(folder, "sanitized"), mutant):
+                by = "AddressSanitizer"
             results.append({"part": part, "mutant": str(mutant), "by": by})
-            progress.console.print(f"{mutant}: {by or 'SURVIVED'}", soft_wrap=True)
+            args.out.write_text(json.dumps({"seed": args.seed, "results": results}, indent=1) + "\n")
+            progress.console.print(f"{mutant}: {by or 'SURVIVED'}", soft_wrap=True, markup=False, emoji=False)
         for part in ("ops", "csrc"):
             mine = [r for r in results if r["part"] == part and r["by"] != "the compiler"]
             if mine:
                 score = sum(bool(r["by"]) for r in mine) / len(mine)
                 progress.console.print(f"{part}: {score:.0%} of {len(mine)} killed")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"seed": args.seed, "results": results}, indent=1) + "\n")
     return 0
 
 

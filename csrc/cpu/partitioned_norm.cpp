@@ -200,7 +200,6 @@ FiveTensors partitioned_norm_backward(const Tensor& grad_in, const Tensor& x, co
   const ScalarType type = sum_type(x);
   const bool parameters = needs & 30, sums = parameters || ((needs & 1) && any_batch);
   Tensor sum = allocate({sums ? domains : 0, width}, type), product = allocate({sums ? domains : 0, width}, type);
-  const Tensor nothing = allocate({0}, x.scalar_type());
   const auto gradient = [&](int64_t bit, const Tensor& like) {
     return needs & bit ? (like.dim() == 1 ? allocate({width}, like.scalar_type())
                                           : allocate({like.size(0), width}, like.scalar_type()))

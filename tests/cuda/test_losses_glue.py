@@ -34,6 +34,7 @@ ESMM = {
     "plain": lambda: (draw(7), draw(7), bits(7), bits(7)),
     "16 bit": lambda: (draw(7, dtype=BF16), draw(7, dtype=BF16), bits(7, dtype=torch.int64), bits(7, dtype=F64)),
     "half": lambda: (draw(7, dtype=F16), draw(7, dtype=F16), bits(7, dtype=torch.uint8), bits(7, dtype=torch.int32)),
+    "bfloat16 labels": lambda: (draw(7), draw(7), bits(7, dtype=BF16), bits(7, dtype=BF16)),
     "strided": lambda: (draw(7, 2)[:, 1], draw(1).expand(7), bits(7, 3, dtype=F16)[:, 1], bits(1).expand(7)),
     "empty": lambda: (draw(0), draw(0), draw(0), draw(0)),
 }

@@ -4,6 +4,7 @@ the end. The exit status is 1 where something did.
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -50,7 +51,7 @@ def run(cases: int, first: int) -> list[str]:
     with Progress() as progress:
         task = progress.add_task("fuzz", total=cases)
         for name, (strategy, test) in every.items():
-            wanted, began, counted = round(share * (3 if name in OPERATORS else 1)), time.perf_counter(), Counter()
+            wanted, began, counted = math.ceil(share * (3 if name in OPERATORS else 1)), time.perf_counter(), Counter()
 
             failures += _attempt(strategy, test, counted, wanted, first, lambda: progress.advance(task), name)
             outcomes += counted

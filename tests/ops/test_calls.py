@@ -11,11 +11,12 @@ from mtlkernels.ops._operator import Operator
 
 from . import test_expert_linear as linear_cases
 from . import test_mix as mix_cases
-from .cases import SOME, native_only, outcome, same_bits, tiny_call, tiny_inputs
+from .cases import SOME, close, native_only, outcome, same_bits, tiny_call, tiny_inputs
 
 pytestmark = native_only
 X, W, BIAS, X3 = linear_cases.X, linear_cases.W, linear_cases.BIAS, linear_cases.X3
 H, L, S, M, ROUTES = mix_cases.H, mix_cases.L, mix_cases.S, mix_cases.M, mix_cases.ROUTES
+BOTH = "native", "reference"
 ONE, V = torch.zeros(2, 1, 3), torch.zeros(4)
 
 
@@ -169,6 +170,29 @@ def test_who_takes_the_long_way(kernels):
     with torch.inference_mode():
         mtl.mix(H, L)
     assert len(tried) == 2
+
+
+@pytest.mark.parametrize("there", ["logits", "static", "mask", "routes"])
+def test_nothing_elsewhere_comes_to_a_kernel(there, kernels):
+    routes = there == "routes"
+    given = dict(logits=torch.zeros(2, ROUTES.num_routes) if routes else L, static=None if routes else S)
+    given |= {"routes": ROUTES} if routes else {"mask": M}
+    mtl.mix(H, **given)
+    kernels[0].clear()
+    with pytest.raises(ValueError, match=f"{there} (is on meta|must be .* on cpu)"):
+        mtl.mix(H, **given | {there: given[there].to("meta")})
+    assert not kernels[0]
+
+
+@pytest.mark.parametrize("alone", range(3))
+def test_one_tensor_alone_wants_a_gradient_by_the_long_way(alone, monkeypatch):
+    monkeypatch.setattr(Operator, "goes_straight", lambda *_: False)
+    linear, mix = [X + 1, W + 1, torch.ones(W.shape[:2])], [H + 1, L + 1, S + 1]
+    for call, args, without in ((mtl.expert_linear, linear, (2,)), (mtl.mix, mix, (1, 2))):
+        for left_out in ((), *((n,) for n in without if n != alone)):
+            given = [None if n in left_out else t.requires_grad_(n == alone) for n, t in enumerate(args)]
+            found, wanted = (torch.autograd.grad(call(*given, backend=b).sum(), args[alone])[0] for b in BOTH)
+            close(found, wanted)
 
 
 def test_counts_are_kept_as_they_were():

@@ -238,6 +238,7 @@ UNFIT = {
     "weight type": (TypeError, "ctcvr_weight must be a number; got Tensor", dict(ctcvr_weight=A[0])),
     "weight negative": (ValueError, "ctcvr_weight must be finite and at least 0; got -1", dict(ctcvr_weight=-1)),
     "weight NaN": (ValueError, "ctcvr_weight must be finite", dict(ctcvr_weight=math.nan)),
+    "weight infinite": (ValueError, "ctcvr_weight must be finite", dict(ctcvr_weight=math.inf)),
     "backend": (ValueError, "backend must be one of", dict(backend="cuda")),
 }  # fmt: skip
 

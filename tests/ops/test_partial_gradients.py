@@ -1,11 +1,11 @@
-"""Outputs that got no gradient: none of them, or all but the logsumexp of a mixture."""
+"""Outputs that got no gradient: none, or all but the logsumexp of a mixture. One tensor alone that wants a gradient."""
 
 import pytest
 import torch
 
 from tests.gpu.subjects import USUAL
 
-from .cases import MIX, close, each_backend, native_only
+from .cases import MIX, close, each_backend, native_only, outcome
 
 
 class Nothing(torch.autograd.Function):
@@ -32,6 +32,31 @@ def test_no_gradient_comes(name, traced, backend, monkeypatch):
     assert out.requires_grad
     Nothing.apply(out).sum().backward()
     assert all(leaf is None or leaf.grad is None or not leaf.grad.any() for leaf in leaves)
+
+
+@each_backend
+@pytest.mark.parametrize("name", [name for name in USUAL if name.startswith("partitioned_norm")])
+def test_a_norm_without_gradient_passes_none_on(name, backend):
+    leaves = [t.requires_grad_() for t in USUAL[name].make(torch.float32)]
+    Nothing.apply(USUAL[name].bind("cpu")(*leaves, backend=backend)).sum().backward()
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+@each_backend
+@pytest.mark.parametrize("name", USUAL)
+def test_one_tensor_alone_wants_a_gradient(name, backend):
+    """By the short way as well, which the default backend takes once its kernel has been chosen."""
+    subject = USUAL[name]
+    tensors, call = subject.make(torch.float64), subject.bind("cpu")
+    every = outcome(lambda *t: call(*t, backend="reference"), tensors, subject.grad)
+    for given in (backend, None) if "hard" not in name else (backend,):
+        call(*tensors, backend=given)
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            needs = [n == i for n in range(len(tensors))]
+            alone = outcome(lambda *t, g=given: call(*t, backend=g), tensors, subject.grad, needs)
+            close(alone.grads[i], every.grads[i], 1e-11, f"{given} {i}", subject.floor)
 
 
 @native_only
