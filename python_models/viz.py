@@ -209,7 +209,7 @@ def _names(wanted: int, tasks: int, task_names: Sequence[str] | None) -> list[st
 
 
 def _label_ends(axes: Axes, ends: Sequence[float], names: Sequence[str], styles: Sequence[dict[str, Any]]) -> None:
-    """Every line's name behind its end, with a piece of the line between; near ones move apart, as little as it takes."""
+    """Every line's name behind its end, a piece of the line between; near names move apart, as little as it takes."""
     order, gap = sorted(range(len(ends)), key=lambda r: ends[r]), min(0.12, 1.04 / max(len(ends) - 1, 1))
     groups: list[tuple[float, int]] = []  # names that touch: the middle of them, and how many
     for r in order:

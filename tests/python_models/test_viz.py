@@ -5,7 +5,9 @@ import io
 import pytest
 import torch
 
-FigureCanvasAgg = pytest.importorskip("matplotlib.backends.backend_agg").FigureCanvasAgg
+pytest.importorskip("matplotlib")
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from python_models import CGC, PLE, AdaTT, MMoE, MultiTaskModel, SharedBottom, Towers, viz
 
