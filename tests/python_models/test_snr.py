@@ -8,9 +8,9 @@ import pytest
 import torch
 from numpy_layers import mlp, normal
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from python_models import MMoE, MultiTaskModel, SNRAver, SNRTrans, Towers
+from python_models.serving import flops
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CASES = {
@@ -278,12 +278,6 @@ def test_functional_gradients_leave_the_parameters_alone(kind):
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(params)
     assert params["levels.0.connections.log_alpha"].eq(9).all() and grads["first.linears.0.weight"].any()
-
-
-def flops(model, x):
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "layer"])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from python_models import STAR
+from python_models.serving import flops
 from python_models.star_layers import PartitionedNorm
 
 CASES = {
@@ -234,12 +234,6 @@ def test_domains_are_separate():
 
 
 # Serving
-
-
-def flops(model, *batch):
-    with FlopCounterMode(display=False) as counter:
-        model(*batch)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("fallback", [None, "shared"])
