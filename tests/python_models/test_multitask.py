@@ -165,6 +165,9 @@ def test_serving_takes_the_fusions_words():
     policy = [[True, False], [True, True]]
     assert network.for_serving(policy).fusion.policy == policy
     assert network.for_serving().towers is not network.towers
+    network.towers.eval()
+    assert flops(network, torch.randn(9, 6)) > 9 * 2 * (6 * 5 + 5 * 4)
+    assert network.fusion.training and not network.towers.training  # as they were
 
 
 @every_fusion

@@ -280,6 +280,13 @@ def test_functional_gradients_leave_the_parameters_alone(kind):
     assert params["levels.0.connections.log_alpha"].eq(9).all() and grads["first.linears.0.weight"].any()
 
 
+def test_aver_costs_no_products():
+    """A mix of the sub-networks' outputs, and not a product with tiled identities."""
+    x = torch.randn(9, 5)
+    assert flops(SNRAver(5, 2, 3, [[8]]), x) == 9 * 2 * (3 * 5 * 8 + 2 * 3 * 8)
+    assert flops(SNRTrans(5, 2, 3, [[8]]), x) > 9 * 2 * (3 * 5 * 8 + 2 * 3 * 8 * 7)
+
+
 @pytest.mark.parametrize("norm", [None, "batch", "layer"])
 @pytest.mark.parametrize("seed", range(4))
 @both
