@@ -1,10 +1,13 @@
 """A fusion network and its towers as one model."""
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from mtlkernels.nn import Towers
+
+from .serving import serving_bank
 
 __all__ = ["MultiTaskModel", "Towers"]
 
@@ -40,3 +43,15 @@ class MultiTaskModel(nn.Module):
             return self.towers(self.fusion(x))
         h, gates = self.fusion(x, return_gates=True)
         return self.towers(h), gates
+
+    def for_serving(self, *args: Any, **options: Any) -> "MultiTaskModel":
+        """What is deployed, a copy in evaluation mode: the fusion's ``for_serving``, where it has one, and the towers.
+
+        The arguments are those of the fusion's. Same outputs to rounding; batch norms of :class:`Towers` are folded.
+        """
+        make = getattr(self.fusion, "for_serving", None)
+        fusion = copy.deepcopy(self.fusion) if make is None else make(*args, **options)
+        towers = copy.deepcopy(self.towers)
+        if isinstance(towers, Towers) and towers.hidden is not None:
+            towers.hidden = serving_bank(towers.hidden)
+        return MultiTaskModel(fusion, towers).eval()

@@ -1,7 +1,11 @@
-"""Banks of experts as they serve: fewer experts, no dropout, batch normalisation folded into the linear layers."""
+"""Banks of experts as they serve: fewer experts, no dropout, batch normalisation folded into the linear layers.
+
+And what a pass of a network costs, which is what serving forms are for.
+"""
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +13,25 @@ from torch import Tensor, nn
 from mtlkernels.nn import ExpertMLP
 
 from .layers import ModuleBank
+
+
+@torch.no_grad()
+def flops(model: nn.Module, *inputs: Any) -> int:
+    """Floating point operations of one pass in evaluation mode, as ``torch.utils.flop_counter`` counts them.
+
+    Of a network and of its ``for_serving()`` they say what serving saves: ``flops(served, x) / flops(model, x)``.
+    Products alone, and the mixes: activations, norms and biases are not counted.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, which nothing else here needs
+
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model.eval()(*inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return counter.get_total_flops()
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ class STAR(nn.Module):
 
     A partitioned normalisation, star layers ``act((W * W_p) h + b + b_p)`` of widths `dims`, a last one of width 1
     without activation, and to its output the logit of a small auxiliary network is added, which reads the domain's
-    embedding and context features. A batch may hold rows of several domains. At the start all domains are equal.
+    embedding and context features. A batch may hold rows of several domains. At the start all
+    domains are equal but for that logit.
 
     Args:
         in_features: K.

@@ -5,7 +5,7 @@ shows it. Light and dark, line styles and labels carry everything, colour nothin
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from .adatt import AdaTT
@@ -91,7 +92,7 @@ def draw_expert_weights(levels: Sequence[ExpertWeights], task_names: Sequence[st
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(levels), 1, squeeze=False, height_ratios=tallest)[:, 0]
     for i, (axes, level) in enumerate(zip(grid, levels, strict=True)):
-        image = _heat_map(axes, level, task_names, high)
+        image = _heat_map(axes, level, task_names, high, cell)
         axes.set_title(f"level {i + 1}", loc="left", fontsize=10, weight="bold")
     negative = any((level.weights < 0).any() for level in levels)
     bar = figure.colorbar(image, ax=list(grid), shrink=min(1.0, 2.5 / figure.get_figheight()), aspect=14, pad=0.03)
@@ -101,7 +102,14 @@ def draw_expert_weights(levels: Sequence[ExpertWeights], task_names: Sequence[st
     return figure
 
 
-def _heat_map(axes: Axes, level: ExpertWeights, task_names: Sequence[str] | None, high: float) -> AxesImage:
+def _inches(text: str, size: float) -> float:
+    """About how wide a text of that size in points is, and some air."""
+    return (0.6 * len(text) + 0.6) * size / 72
+
+
+def _heat_map(
+    axes: Axes, level: ExpertWeights, task_names: Sequence[str] | None, high: float, cell: float
+) -> AxesImage:
     weights, counts = level.weights.double().numpy(), level.experts_per_unit
     rows, total = weights.shape
     units = len(counts)
@@ -112,16 +120,22 @@ def _heat_map(axes: Axes, level: ExpertWeights, task_names: Sequence[str] | None
     image = axes.imshow(abs(weights), cmap=_SHADES, vmin=0, vmax=high, aspect="auto")
     for r, e in zip(*weights.nonzero(), strict=True):
         value, dark = weights[r, e], abs(weights[r, e]) > 0.4 * high
+        plate = None
         if value < 0:
-            axes.add_patch(Rectangle((e - 0.5, r - 0.5), 1, 1, fill=False, hatch="///", ec=_PALE, lw=0))
+            shade = _PALE if dark else "#6f6f6f"
+            axes.add_patch(Rectangle((e - 0.5, r - 0.5), 1, 1, fill=False, hatch="///", ec=shade, lw=0))
+            plate = dict(facecolor=_SHADES(-value / high), edgecolor="none", pad=1.5)  # no hatch behind the number
         if total <= _MOST_NUMBERS:
-            axes.text(e, r, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else _INK)
-    begin, below = 0, dict(xycoords=axes.get_xaxis_transform(), textcoords="offset points", ha="center", va="top")
+            ink = "white" if dark else _INK
+            axes.text(e, r, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink, bbox=plate)
+    unit_names = ["experts"] if units == 1 else names
+    tilt = any(_inches(name, 9) > n * cell for name, n in zip(unit_names, counts, strict=False) if n)
+    begin, below = 0, dict(xycoords=axes.get_xaxis_transform(), textcoords="offset points", va="top")
+    below |= dict(ha="right", rotation=30, rotation_mode="anchor") if tilt else dict(ha="center")
     for u, n in enumerate(counts):
         if n:
-            name = "experts" if units == 1 else names[u]
-            if total <= _MOST_NUMBERS or n > 3:  # room for a name
-                axes.annotate(name, (begin + (n - 1) / 2, 0), (0, -16), fontsize=9, **below)
+            lower = -16 if total <= _MOST_NUMBERS else -4  # below the numbers, where there are any
+            axes.annotate(unit_names[u], (begin + (n - 1) / 2, 0), (0, lower), fontsize=9, **below)
             if begin:
                 axes.axvline(begin - 0.5, color="white", lw=6)
             if units > 1 and u < rows:
@@ -137,33 +151,47 @@ def _heat_map(axes: Axes, level: ExpertWeights, task_names: Sequence[str] | None
 
 
 def draw_gate_entropy(
-    history: Sequence[Sequence[Tensor]], steps: Sequence[int] | None = None, task_names: Sequence[str] | None = None
+    history: Sequence[Sequence[Tensor]],
+    steps: Sequence[int] | None = None,
+    task_names: Sequence[str] | None = None,
+    *,
+    to_experts: bool = False,
 ) -> Figure:
     """Gate entropy over training, a panel a level and a line a row: ``history[i]`` is :func:`gate_entropy` at a step.
 
-    A line that falls to 0 is a gate that has settled on one expert.
+    A line that falls to 0 is a gate that has settled on one expert. The rows of the last level are the tasks; below it
+    they are the tasks, then the shared unit. With `to_experts`, or of another number, they are the next level's
+    experts: MMoE's.
     """
     if not history or not history[0]:
         raise ValueError("history must hold at least one step with one level; got none")
     steps = list(range(1, len(history) + 1)) if steps is None else list(steps)
     if len(steps) != len(history):
         raise ValueError(f"steps has {len(steps)} entries for {len(history)} in history")
-    levels = len(history[0])
-    figure = Figure(figsize=(6.4, 0.5 + 2.1 * levels), layout="constrained")
-    grid = figure.subplots(levels, 1, squeeze=False, sharex=True)[:, 0]
+    tasks = len(history[0][-1]) if task_names is None else len(task_names)
+    tallest = [max(2.1, 0.6 + 0.16 * len(level)) for level in history[0]]
+    figure = Figure(figsize=(6.4, 0.5 + sum(tallest)), layout="constrained")
+    grid = figure.subplots(len(tallest), 1, squeeze=False, sharex=True, height_ratios=tallest)[:, 0]
     for i, axes in enumerate(grid):
         lines = torch.stack([step[i].double().cpu() for step in history]).unbind(1)
-        names = _names(len(lines), len(lines) if task_names is None else len(task_names), task_names)
-        if task_names is not None and len(lines) - len(task_names) not in (0, 1):  # 1: the shared unit's
-            raise ValueError(f"task_names has {len(task_names)} names for {len(lines)} rows at level {i}")
-        for r, line in enumerate(lines):
-            shade = _ACCENT if r % 2 == 0 else "#6f6f6f"
-            axes.plot(steps, line.numpy(), color=shade, ls=_LINES[r % len(_LINES)], lw=1.8)
-        _label_ends(axes, [float(line[-1]) for line in lines], names)
+        if len(lines) - tasks in (0, 1) and not (to_experts and i + 1 < len(grid)):  # 1: the shared unit's
+            names = _names(len(lines), tasks, task_names)
+        elif i + 1 < len(grid):
+            names = [f"to expert {e + 1}" for e in range(len(lines))]
+        else:
+            raise ValueError(f"task_names has {tasks} names for {len(lines)} rows at level {i}")
+        styles = [
+            {"color": _ACCENT if r % 2 == 0 else "#6f6f6f", "ls": _LINES[r % len(_LINES)], "lw": 1.8}
+            for r in range(len(lines))
+        ]
+        for line, style in zip(lines, styles, strict=True):
+            axes.plot(steps, line.numpy(), marker="o" if len(steps) == 1 else None, ms=4, clip_on=False, **style)
+        _label_ends(axes, [float(line[-1]) for line in lines], names, styles)
         axes.set_title(f"level {i + 1}", loc="left", fontsize=10, weight="bold")
-        axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else max(steps) + 1)
+        axes.set_xlim((min(steps), max(steps)) if len(steps) > 1 else (steps[0] - 1, steps[0]))
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks([0, 0.5, 1], ["0: one expert", "0.5", "1: all alike"], fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="#e4e4e4", lw=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, length=2)
@@ -180,16 +208,25 @@ def _names(wanted: int, tasks: int, task_names: Sequence[str] | None) -> list[st
     return [*names, "shared"][:wanted]
 
 
-def _label_ends(axes: Axes, ends: Sequence[float], names: Sequence[str]) -> None:
-    """Every line's name behind its end; names that would lie on one another move apart."""
-    order, gap, places = sorted(range(len(ends)), key=lambda r: ends[r]), 0.12, []
+def _label_ends(axes: Axes, ends: Sequence[float], names: Sequence[str], styles: Sequence[dict[str, Any]]) -> None:
+    """Every line's name behind its end, a piece of the line between; near names move apart, as little as it takes."""
+    order, gap = sorted(range(len(ends)), key=lambda r: ends[r]), min(0.12, 1.04 / max(len(ends) - 1, 1))
+    groups: list[tuple[float, int]] = []  # names that touch: the middle of them, and how many
     for r in order:
-        places.append(max(ends[r], places[-1] + gap) if places else ends[r])
-    top = 1.0
-    for k in reversed(range(len(places))):
-        places[k] = min(places[k], top)
-        top = places[k] - gap
-        axes.text(1.01, places[k], names[order[k]], transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        middle, size = ends[r], 1
+        while True:
+            reach = gap * (size - 1) / 2
+            middle = min(max(middle, reach - 0.02), 1.02 - reach)
+            if not groups or groups[-1][0] + gap * (groups[-1][1] - 1) / 2 + gap <= middle - reach + 1e-9:
+                break
+            other, more = groups.pop()
+            middle, size = (middle * size + other * more) / (size + more), size + more
+        groups.append((middle, size))
+    places = [middle + gap * (k - (size - 1) / 2) for middle, size in groups for k in range(size)]
+    across = axes.get_yaxis_transform()
+    for r, place in zip(order, places, strict=True):
+        axes.plot([1.0, 1.07], [ends[r], place], transform=across, clip_on=False, **styles[r] | {"lw": 1.2})
+        axes.text(1.08, place, names[r], transform=across, fontsize=8, va="center")
 
 
 def draw_connections(
@@ -209,10 +246,16 @@ def draw_connections(
                 f"gates[{k + 1}] reads {above.shape[1]} sub-networks (columns), gates[{k}] has {below.shape[0]} rows"
             )
     sizes = [gates[0].shape[1], *(level.shape[0] for level in gates)]
-    widest = max(sizes)
-    figure = Figure(figsize=(2.0 + 1.05 * widest, 1.6 + 1.25 * len(gates)), layout="constrained")
+    widest, top = max(sizes), len(gates)
+    names = [f"task {t + 1}" for t in range(sizes[-1])] if output_names is None else list(output_names)
+    if len(names) != sizes[-1]:
+        raise ValueError(f"output_names has {len(names)} names for {sizes[-1]} outputs")
+    spacing = [(widest / max(n, 1)) ** 0.5 for n in sizes]
+    unit = max(1.05, *((_inches(name, 9) + 0.25) / spacing[-1] for name in names))  # inches
+    figure = Figure(figsize=(1.1 + unit * (widest + 0.5), 1.6 + 1.25 * len(gates)), layout="constrained")
     axes = figure.subplots()
-    places = [[(i - (n - 1) / 2) * (widest / max(n, 1)) ** 0.5 for i in range(n)] for n in sizes]
+    places = [[(i - (n - 1) / 2) * space for i in range(n)] for n, space in zip(sizes, spacing, strict=True)]
+    left = -widest / 2 - 0.9 / unit
     for k, level in enumerate(gates):
         for i, row in enumerate(level.double().cpu().tolist()):
             for j, value in enumerate(row):
@@ -221,21 +264,17 @@ def draw_connections(
                     ends = [places[k][j], places[k + 1][i]], [k, k + 1]
                     axes.plot(*ends, color=shade, lw=0.6 + 3.4 * value, zorder=1 + value, solid_capstyle="round")
         share = float((level > 0).double().mean()) if level.numel() else 0.0
-        axes.text(-widest / 2 - 0.75, k + 0.5, f"{share:.0%} open", fontsize=8, va="center", ha="left", color=_INK)
+        axes.text(left, k + 0.5, f"{share:.0%} open", fontsize=8, va="center", ha="left", color=_INK)
     for place in places[0]:
         axes.plot([0, place], [-0.7, 0], color=_PALE, lw=0.8, zorder=0)
     _box(axes, 0, -0.7, input_name)
-    top = len(sizes) - 1
-    names = [f"task {t + 1}" for t in range(sizes[-1])] if output_names is None else list(output_names)
-    if len(names) != sizes[-1]:
-        raise ValueError(f"output_names has {len(names)} names for {sizes[-1]} outputs")
     for k, n in enumerate(sizes):
         for i in range(n):
             reads = k == 0 or bool((gates[k - 1][i] > 0).any())
             is_read = k == top or bool((gates[k][:, i] > 0).any())
             live = reads and is_read
             _box(axes, places[k][i], k, names[i] if k == top else f"{i + 1}", live)
-    axes.set_xlim(-widest / 2 - 0.8, widest / 2 + 0.3)
+    axes.set_xlim(left - 0.05, widest / 2 + 0.3)
     axes.set_ylim(-1.0, top + 0.3)
     axes.set_axis_off()
     return figure
@@ -266,7 +305,8 @@ def draw_task_tree(partitions: Sequence[Sequence[Sequence[int]]], task_names: Se
     if len(names) != len(tasks):
         raise ValueError(f"task_names has {len(names)} names for {len(tasks)} tasks")
     place = {t: x for x, t in enumerate(sorted(tasks, key=lambda t: (paths[t], t)))}
-    figure = Figure(figsize=(1.6 + 1.15 * len(tasks), 1.0 + 0.95 * len(partitions)), layout="constrained")
+    unit = max(1.15, *(_inches(name, 9) + 0.25 for name in names))  # inches
+    figure = Figure(figsize=(1.6 + unit * len(tasks), 1.0 + 0.95 * len(partitions)), layout="constrained")
     axes = figure.subplots()
     nodes: list[tuple[float, list[int]]] = []
     for k, groups in enumerate(partitions):

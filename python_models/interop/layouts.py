@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..adatt import AdaTT
 from ..cross_stitch import CrossStitch
+from ..esmm import ESMM
 from ..mmoe import MMoE
 from ..ple import PLE
 from ..shared_bottom import SharedBottom
@@ -32,6 +33,7 @@ class Layout:
         static: AdaTT's v: a matrix [T,m] for each level, or, without ``l``, [L,m] for each unit.
         shared_unit: True: there must be one, False: there must be none.
         tower, tower_last, tower_bias: the MLP of task u's tower, its last layer, and that one's bias if apart.
+        names: of the tasks, in place of their numbers ``u``, in the keys of towers and of ESMM.
         prefix: of all keys but the towers', where the state holds towers.
         ignore: beginnings of keys that hold nothing of ours.
         unused: given the state, the experts per unit of every level, and T: adds the tensors that the library keeps
@@ -44,6 +46,7 @@ class Layout:
     tower: str
     tower_last: str
     tower_bias: str | None = None
+    names: tuple[str, ...] = ()
     shared_expert: str | None = None
     norm: str | None = None
     norms: tuple[str | None, ...] = (None,)
@@ -142,8 +145,8 @@ _EASYREC = Layout(
     ignore=("embedding_group.",),
 )
 _BOTTOM = dict(network=SharedBottom, gate=None, gate_hidden=None, gate_norm=None, static=None)
+_ESMM = dict(network=ESMM, gate=None, gate_hidden=None, gate_norm=None, names=("ctr", "cvr"))
 
-# Cross-stitch of facebookresearch/AdaTT would be: experts and towers as _ADATT, no gate, static="stitchs.{l}.weight".
 LAYOUTS: dict[str, Layout] = {
     "adatt.att_sp": _ADATT,
     "adatt.att_g": replace(_ADATT, static="self_exp_weights.{u}", shared_unit=True, unused=_no_shared_residual),
@@ -164,6 +167,7 @@ LAYOUTS: dict[str, Layout] = {
         shared_unit=True,
     ),
     "rechub.shared_bottom": replace(_RECHUB, **_BOTTOM, expert="bottom_mlp"),
+    "rechub.esmm": replace(_RECHUB, **_ESMM, tower="tower_{u}", tower_last="tower_{u}.mlp.{4k}"),
     "deepctr.mmoe": _DEEPCTR,
     "deepctr.ple": replace(
         _DEEPCTR,
@@ -178,6 +182,9 @@ LAYOUTS: dict[str, Layout] = {
         unused=_idle_shared,
     ),
     "deepctr.shared_bottom": replace(_DEEPCTR, **_BOTTOM, expert="bottom_dnn"),
+    "deepctr.esmm": replace(
+        _DEEPCTR, **_ESMM, tower="{u}_dnn", tower_last="{u}_dnn_final_layer", tower_bias="out.bias"
+    ),
     "easyrec.mmoe": _EASYREC,
     "easyrec.ple": replace(
         _EASYREC,

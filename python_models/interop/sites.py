@@ -10,6 +10,7 @@ from mtlkernels.nn import ExpertMLP, Towers
 
 from ..adatt import AdaTT
 from ..cross_stitch import CrossStitch
+from ..esmm import ESMM
 from ..mmoe import MMoE
 from ..ple import PLE
 from .layouts import Layout
@@ -72,12 +73,17 @@ class Walk:
         elif isinstance(network, CrossStitch):
             pairs = zip(network.experts, network.stitches, strict=True)
             self.levels = [Level(bank, None, [1] * network.num_tasks, matrix=stitch.weight) for bank, stitch in pairs]
+        elif isinstance(network, ESMM):
+            self.levels = []  # two towers
         else:
             self.levels = [Level(network.bottom, None, [1])]
         if len(self.levels) > 1 and "{l}" not in layout.expert:
             raise ValueError(f"this layout has one level; expert_dims has {len(self.levels)}")
 
     def fusion(self) -> Iterator[Site]:
+        if isinstance(self.network, ESMM):
+            yield from self._towers(self.network.hidden, self.network.last, [1, 1])
+            return
         tasks = self.network.num_tasks
         for number, level in enumerate(self.levels):
             e = 0
@@ -174,15 +180,19 @@ class Walk:
     def towers(self, towers: nn.Module) -> Iterator[Site]:
         if not isinstance(towers, Towers) or towers.towers is not None:
             raise TypeError("the towers are modules of their own, which no layout knows")
+        yield from self._towers(towers.hidden, towers.last, towers.out_features)
+
+    def _towers(self, hidden: nn.Module | None, last: nn.Module, outputs: Sequence[int]) -> Iterator[Site]:
         depth, begin = 0, 0
-        for t, n in enumerate(towers.out_features):
-            if towers.hidden is not None:
-                depth = len(towers.hidden.linears)
-                yield from self.mlp(towers.hidden, t, self.layout.tower.format(u=t))
-            key = self.layout.tower_last.format_map({"u": t, "4k": 4 * depth})
-            site = self._site(towers.last, None, slice(begin, begin + n), key, None)
+        for t, n in enumerate(outputs):
+            u = self.layout.names[t] if self.layout.names else t
+            if hidden is not None:
+                depth = len(hidden.linears)
+                yield from self.mlp(hidden, t, self.layout.tower.format(u=u))
+            key = self.layout.tower_last.format_map({"u": u, "4k": 4 * depth})
+            site = self._site(last, None, slice(begin, begin + n), key, None)
             if self.layout.tower_bias:
-                site.keys["bias"] = self.layout.tower_bias.format(u=t)
+                site.keys["bias"] = self.layout.tower_bias.format(u=u)
             yield site
             begin += n
 

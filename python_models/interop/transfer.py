@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..esmm import ESMM
 from ..multitask import MultiTaskModel
 from .layouts import LAYOUTS
 from .sites import Site, Walk
@@ -42,7 +43,7 @@ def import_state(
         raise ValueError("model is on the meta device and has no memory for weights: call to_empty first")
     walk, parts = _parts(model, layout, prefix)
     # First, for it also says what has no place in the layout.
-    whole = export_state(model, layout, prefix=prefix, fold_norms=True)
+    whole = _exported(model, layout, prefix, True)[0]
     writes: list[tuple[Tensor, Tensor]] = []
     known, taken = set(), set()
     for start, sites in parts:
@@ -54,7 +55,7 @@ def import_state(
             writes.extend((view, values[part]) for part, view in site.views.items())
     spare = whole.keys() - known
     ignored = walk.layout.ignore
-    if not isinstance(model, MultiTaskModel):
+    if not isinstance(model, (MultiTaskModel, ESMM)):
         towers = (walk.layout.tower, walk.layout.tower_last, walk.layout.tower_bias or walk.layout.tower)
         ignored += tuple(template.split("{")[0] for template in towers)
     left = [key for key in state if key not in taken]
@@ -76,20 +77,31 @@ def export_state(model: nn.Module, layout: str, *, prefix: str = "", fold_norms:
         fold_norms: where the library has a BatchNorm and `model` none, write one that changes nothing in evaluation.
 
     Raises:
-        TypeError, ValueError: the layout has no place for such a model.
+        TypeError, ValueError: the layout has no place for such a model, or one place for tensors that differ.
     """
+    state, twice = _exported(model, layout, prefix, fold_norms)
+    if twice:
+        raise ValueError(f"the layout has one tensor {twice[0]!r} where the model has several, which differ")
+    return state
+
+
+def _exported(model: nn.Module, layout: str, prefix: str, fold_norms: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The state, and the keys under which it should hold several tensors that differ."""
     walk, parts = _parts(model, layout, prefix)
     state: dict[str, Tensor] = {}
+    twice: list[str] = []
     for start, sites in parts:
         found: dict[str, Tensor] = {}
         for site in sites:
             for part, value in _written(site, fold_norms).items():
                 key = site.keys[part]
+                if not site.rows and key in found and not torch.equal(found[key], value):
+                    twice.append(start + key)
                 found[key] = torch.stack((*found.get(key, ()), value)) if site.rows else value.clone()
         if walk.layout.unused and not state:
             walk.layout.unused(found, [level.units for level in walk.levels], walk.network.num_tasks)
         state |= {start + key: value for key, value in found.items()}
-    return state
+    return state, twice
 
 
 def _parts(model: nn.Module, layout: str, prefix: str) -> tuple[Walk, list[tuple[str, Iterable[Site]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import python_models as models
+from python_models.adashare import Curriculum
 from python_models.balancing import AuxiliaryHeads, TaskBiasEmbedding
 from python_models.data import TableFeatures
 from python_models.sampling import ExponentialTemperature, InverseRootTemperature
@@ -51,7 +53,7 @@ class TaskModel(nn.Module):
         self.bias, self.auxiliary = bias, auxiliary
         self._representation: list[Tensor] = []
         if auxiliary is not None:
-            self.core.register_forward_hook(self._note)
+            self._noting = self.core.register_forward_hook(self._note)
 
     @property
     def core(self) -> nn.Module:
@@ -84,6 +86,16 @@ class TaskModel(nn.Module):
             return losses
         return self.auxiliary.losses(losses, self._representation.pop(), loss)
 
+    def for_serving(self) -> TaskModel:
+        """What is deployed, a copy in evaluation mode: the network's own form for serving, and no auxiliary heads."""
+        served = copy.deepcopy(self)
+        if served.auxiliary is not None:
+            served._noting.remove()
+            served.auxiliary = None
+        if hasattr(served.network, "for_serving"):
+            served.network, served.penalty_weight = served.network.for_serving(), 0.0
+        return served.eval()
+
     def conversion_logits(self, numeric: Tensor, categorical: Tensor) -> Tensor:
         """ESMM's pCVR [B], of a conversion after a click."""
         return self.network(self.features(numeric, categorical))["pCVR"]
@@ -100,7 +112,7 @@ class TaskModel(nn.Module):
             self.core.temperature = InverseRootTemperature(max(epochs, 1))(epoch)
         elif self.name == "AdaShare":
             self.core.temperature = ExponentialTemperature()(epoch)
-            self.core.live_blocks = min(len(self.core.blocks), 1 + epoch)
+            self.core.live_blocks = Curriculum(len(self.core.blocks), speed=1)(epoch)
 
     def after_step(self, step: int) -> None:
         """MRN's covariances, every 100 steps."""

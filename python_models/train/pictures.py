@@ -43,10 +43,10 @@ def _of_network(loop: Loop) -> dict[str, Figure]:
         rows = rows.select(torch.arange(min(4096, len(rows)))).to(loop.device)
         levels = viz.expert_weights(loop.model, rows.numeric, rows.categorical)
         found["What every task takes of every expert"] = viz.draw_expert_weights(levels, tasks)
-        if all(level.num_tasks for level in levels):
-            entropies = [[torch.tensor(level) for level in each["gate_entropy"]] for each in history]
-            steps = [each["step"] for each in history]
-            found["How evenly the gates spread"] = viz.draw_gate_entropy(entropies, steps, tasks)
+        entropies = [[torch.tensor(level) for level in each["gate_entropy"]] for each in history]
+        steps, to_experts = [each["step"] for each in history], not levels[0].num_tasks
+        picture = viz.draw_gate_entropy(entropies, steps, tasks, to_experts=to_experts)
+        found["How evenly the gates spread"] = picture
     if hasattr(core, "connections"):
         with torch.no_grad():
             found["Connections that are open"] = viz.draw_connections([z.cpu() for z in core.connections()], tasks)

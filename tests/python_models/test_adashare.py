@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from python_models import AdaShare
 from python_models.adashare import Curriculum
+from python_models.serving import flops
 
 CASES = {
     "widths change": dict(num_tasks=3, expert_dims=[[5], [4, 5], [4]]),
@@ -154,14 +154,10 @@ def test_serving_costs_what_is_executed():
     model.eval()
     served = model.for_serving()
     torch.testing.assert_close(served(x), model(x), rtol=0, atol=1e-6)
-    flops = []
-    for network in (model, served):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(x)
-        flops.append(counter.get_total_flops())
+    found = [flops(network, x) for network in (model, served)]
     # Block 1 once for all, block 2 for task 1, block 3 for nobody; and one pass to hand the streams to the tasks.
-    assert flops[1] == 9 * (2 * 2 * 36 + 2 * 3 * 6)
-    assert flops[0] > 9 * 7 * 2 * 36
+    assert found[1] == 9 * (2 * 2 * 36 + 2 * 3 * 6)
+    assert found[0] > 9 * 7 * 2 * 36
     assert served.blocks[2].block is None
     assert served.shared.tasks.rows == 3 and served.shared.tasks._built.num_experts == 2
     x = torch.randn(9, 3, 6)

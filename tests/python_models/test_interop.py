@@ -7,7 +7,7 @@ from torch import nn
 
 from bench import adatt_repo
 from mtlkernels.nn import ExpertMLP, Towers
-from python_models import PLE, AdaTT, CrossStitch, MMoE, MultiTaskModel, SharedBottom
+from python_models import ESMM, PLE, AdaTT, CrossStitch, MMoE, MultiTaskModel, SharedBottom
 from python_models.interop import LAYOUTS, export_state, import_state
 
 
@@ -289,6 +289,94 @@ def test_folds_norms(name):
             export_state(us, layout)
 
 
+def rechub_esmm():
+    """Theirs over two embeddings, a run of it as probabilities of ours, and what its towers read."""
+    module = pytest.importorskip("torch_rechub.models.multi_task", reason="torch-rechub is not installed")
+    from torch_rechub.basic.features import SparseFeature
+
+    features = [SparseFeature(name, vocab_size=9, embed_dim=3) for name in ("user", "item")]
+    model = module.ESMM(features[:1], features[1:], {"dims": [5, 4]}, {"dims": [5, 4]})
+
+    def run(rows):
+        cvr, ctr, both = model({"user": rows[:, 0], "item": rows[:, 1]}).unbind(1)
+        return {"pCTR": ctr, "pCVR": cvr, "pCTCVR": both}
+
+    def inputs(rows):
+        columns = {"user": rows[:, 0], "item": rows[:, 1]}
+        return model.embedding(columns, features, squeeze_dim=True).detach()
+
+    return model, run, inputs
+
+
+def deepctr_esmm(use_bn=False):
+    module = pytest.importorskip("deepctr_torch.models", reason="deepctr-torch is not installed")
+    from deepctr_torch.inputs import SparseFeat, combined_dnn_input
+
+    columns = [SparseFeat(name, vocabulary_size=9, embedding_dim=3) for name in ("user", "item")]
+    model = module.ESMM(columns, tower_dnn_hidden_units=(5, 4), init_std=0.5, dnn_use_bn=use_bn)
+    torch.nn.init.constant_(model.out.bias, 0.3)
+
+    def run(rows):
+        return dict(zip(("pCTR", "pCTCVR"), model(rows.float()).unbind(1), strict=True))
+
+    def inputs(rows):
+        parts = model.input_from_feature_columns(rows.float(), model.dnn_feature_columns, model.embedding_dict)
+        return combined_dnn_input(*parts).detach()
+
+    return model, run, inputs
+
+
+ESMMS = {
+    "rechub.esmm": (rechub_esmm, "batch"),
+    "rechub.esmm, folded": (rechub_esmm, None),
+    "deepctr.esmm": (deepctr_esmm, None),
+    "deepctr.esmm, norms": (lambda: deepctr_esmm(True), "batch"),
+}
+
+
+@pytest.mark.parametrize("name", ESMMS)
+def test_esmm(name):
+    torch.manual_seed(0)
+    make, norm = ESMMS[name]
+    layout, fold = name.split(",")[0], "folded" in name
+    model, run, inputs = make()
+    random_norms(model), model.eval()
+    us, rows = random_norms(ESMM(6, (5, 4), norm=norm)), torch.randint(9, (11, 2))
+    left = import_state(us, model.state_dict(), layout, fold_norms=fold)
+    assert left and all("embed" in key for key in left)
+    ours = {key: logit.sigmoid() for key, logit in us.eval()(inputs(rows)).items()}
+    for key, wanted in run(rows).items():
+        close(ours[key], wanted)
+    state = model.state_dict()
+    other, run, inputs = make()
+    missing, unexpected = other.load_state_dict(export_state(us, layout, fold_norms=fold), strict=False)
+    assert not unexpected and all("embed" in key for key in missing)
+    other.eval()
+    ours = {key: logit.sigmoid() for key, logit in us(inputs(rows)).items()}
+    for key, wanted in run(rows).items():
+        close(ours[key], wanted)
+    for key in export_state(us, layout, fold_norms=fold).keys() & state.keys():
+        # Of a norm that is folded its other keys are named when its mean is not there.
+        words = f"no key '{key}'" if not (fold and key.endswith("running_mean")) else "state has the key"
+        with pytest.raises(ValueError, match=words):
+            import_state(us, {k: v for k, v in state.items() if k != key}, layout, fold_norms=fold)
+    with pytest.raises(ValueError, match="the key '.*9.*', which the model has no place for"):
+        key = next(key for key in state if "dnn.linears.1" in key or "tower_ctr.mlp.4" in key)
+        import_state(us, state | {key.replace(".1.", ".9.").replace(".4.", ".9."): state[key]}, layout, fold_norms=fold)
+
+
+def test_one_bias_for_two_towers():
+    """DeepCTR-Torch adds one bias to both logits."""
+    us = ESMM(6, (5, 4))
+    with pytest.raises(ValueError, match="one tensor 'out.bias' where the model has several, which differ"):
+        export_state(us, "deepctr.esmm")
+    torch.nn.init.constant_(us.last.bias, 0.3)
+    state = export_state(us, "deepctr.esmm")
+    torch.nn.init.normal_(us.last.bias)
+    import_state(us, state, "deepctr.esmm")
+    assert us.last.bias.eq(0.3).all()
+
+
 def test_folds_norms_over_layers_without_bias():
     def theirs():
         return peers.EasyMMoE(6, [5, 4], 3, 2, norm="batch")
@@ -421,4 +509,6 @@ def test_what_is_no_state_and_has_no_memory():
 
 
 def test_every_layout_is_tested():
-    assert {layout for layout, _, _ in CASES.values()} | {name.split(",")[0] for name in PACKAGES} == set(LAYOUTS)
+    assert {layout for layout, _, _ in CASES.values()} | {name.split(",")[0] for name in PACKAGES | ESMMS} == set(
+        LAYOUTS
+    )

@@ -29,6 +29,7 @@ from python_models import (
 )
 from python_models.balancing import TaskBiasEmbedding
 from python_models.data import TableFeatures
+from python_models.serving import flops
 
 FUSIONS = {
     "shared bottom": lambda **k: SharedBottom(6, 2, [5, 4], **k),
@@ -130,6 +131,43 @@ def test_no_rows(fusion):
     assert out.shape == (0, 2)
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
+
+
+SEARCHED = {
+    "learned branching": lambda **k: LearnedBranching(6, 2, [3, 2], [[5], [4]], **k),
+    "adashare": lambda **k: AdaShare(6, 2, [[5], [4]], **k),
+}
+
+
+@pytest.mark.parametrize("fusion", (FUSIONS | SEARCHED).values(), ids=(FUSIONS | SEARCHED).keys())
+def test_serving(fusion):
+    """The fusion's own form where it has one; towers without norms and dropout. Same outputs, and no more work."""
+    torch.manual_seed(0)
+    network = MultiTaskModel(fusion(norm="batch"), Towers(4, 2, [3], norm="batch", dropout=0.5)).double()
+    for _ in range(3):
+        network(torch.randn(20, 6).double())  # running statistics
+    served, x = network.for_serving(), torch.randn(9, 6).double()
+    assert network.training and not any(module.training for module in served.modules())
+    torch.testing.assert_close(served(x), network.eval()(x), rtol=1e-13, atol=1e-13)
+    assert flops(served, x) <= flops(network, x)
+    assert all(isinstance(norm, nn.Identity) for norm in served.towers.hidden.norms)
+    if hasattr(network.fusion, "for_serving"):
+        assert type(served.fusion) is type(network.fusion.for_serving())
+    with torch.no_grad():
+        expected = served(x)
+        for p in network.parameters():
+            p.zero_()
+    assert torch.equal(served(x), expected)
+
+
+def test_serving_takes_the_fusions_words():
+    network = MultiTaskModel(AdaShare(6, 2, [[5], [4]]), nn.Linear(4, 1))
+    policy = [[True, False], [True, True]]
+    assert network.for_serving(policy).fusion.policy == policy
+    assert network.for_serving().towers is not network.towers
+    network.towers.eval()
+    assert flops(network, torch.randn(9, 6)) > 9 * 2 * (6 * 5 + 5 * 4)
+    assert network.fusion.training and not network.towers.training  # as they were
 
 
 @every_fusion

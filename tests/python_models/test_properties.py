@@ -76,6 +76,43 @@ def test_experts_of_a_unit_in_another_order_change_nothing(name):
     torch.testing.assert_close(other(x), network(x), rtol=1e-12, atol=1e-12)
 
 
+ALIKE = {
+    "MMoE": lambda **k: MMoE(6, 2, 3, [[5], [4]], **k),
+    "PLE": lambda **k: PLE(6, 2, [1, 2], 2, [[5], [4]], **k),
+    "AdaTT": lambda **k: AdaTT(6, 2, [1, 2], 1, [[5], [4]], residual=False, **k),
+}
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE.keys())
+def test_a_gate_over_equal_experts_gives_that_expert_and_has_no_slope(make):
+    """Weights that sum to 1, whatever the logits."""
+    torch.manual_seed(0)
+    network, x = moved(make()).double(), torch.randn(7, 6, dtype=torch.float64)
+    banks = [module for name, module in network.named_modules() if name.endswith("experts") or "experts." in name]
+    banks = [module for module in banks if hasattr(module, "linears")]
+    assert len(banks) == 2
+    h = x
+    with torch.no_grad():
+        for bank in banks:
+            for linear in bank.linears:
+                linear.weight.copy_(linear.weight[:1].expand_as(linear.weight))
+                linear.bias.copy_(linear.bias[:1].expand_as(linear.bias))
+                h = torch.relu(h @ linear.weight[0].T + linear.bias[0])
+    out = network(x)
+    torch.testing.assert_close(out, h[:, None].expand(-1, 2, -1), rtol=0, atol=1e-13)
+    (out * torch.randn_like(out)).sum().backward()
+    for name, p in network.named_parameters():
+        assert (p.grad.abs().max() < 1e-13) == ("gates" in name), name
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE.keys())
+def test_equal_logits_give_the_mean(make):
+    network, x = make(gate_init="zero").double(), torch.randn(7, 6, dtype=torch.float64)
+    for weights in network(x, return_gates=True)[1]:
+        read = (weights > 0).sum(-1, keepdim=True)
+        torch.testing.assert_close(weights, (weights > 0) / read.double(), rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_slopes_of_a_gate_sum_to_zero(scale):
     """A softmax does not see a constant added to its logits, whatever is added to it afterwards."""

@@ -8,9 +8,9 @@ import pytest
 import torch
 from numpy_layers import mlp, normal
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from python_models import MMoE, MultiTaskModel, SNRAver, SNRTrans, Towers
+from python_models.serving import flops
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 CASES = {
@@ -280,10 +280,11 @@ def test_functional_gradients_leave_the_parameters_alone(kind):
     assert params["levels.0.connections.log_alpha"].eq(9).all() and grads["first.linears.0.weight"].any()
 
 
-def flops(model, x):
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops()
+def test_aver_costs_no_products():
+    """A mix of the sub-networks' outputs, and not a product with tiled identities."""
+    x, below, mix = torch.randn(9, 5), 9 * 2 * 3 * 5 * 8, 9 * 2 * 2 * 3 * 8
+    assert mix <= flops(SNRAver(5, 2, 3, [[8]]), x) - below < 1.1 * mix  # the sample of z is the rest
+    assert flops(SNRTrans(5, 2, 3, [[8]]), x) - below >= 8 * mix
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "layer"])

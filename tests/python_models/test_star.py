@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from python_models import STAR
+from python_models.serving import flops
 from python_models.star_layers import PartitionedNorm
 
 CASES = {
@@ -197,6 +197,11 @@ def test_starts_as_the_shared_network():
     expected = layers[2](layers[1](layers[0](h).relu()).relu())[:, 0]
     for domain in (torch.tensor(IDS), torch.zeros(9, dtype=torch.int32)):
         torch.testing.assert_close(model(x, domain), expected, rtol=0, atol=1e-14)
+    helped = STAR(5, 4, [4, 3]).double().eval()  # the auxiliary network alone tells domains apart
+    logits = torch.stack([helped(x, torch.full((9,), d)) for d in range(4)]).detach()
+    apart = logits - logits[0]
+    assert apart[1:].abs().min() > 1e-3
+    torch.testing.assert_close(apart, apart[:, :1].expand(4, 9), rtol=0, atol=1e-14)
     own = STAR(5, 4, [4], mode="logit_sum").layers[0].domain_weight
     assert own.std() > 0.1 and own.abs().max() <= 5**-0.5
 
@@ -234,12 +239,6 @@ def test_domains_are_separate():
 
 
 # Serving
-
-
-def flops(model, *batch):
-    with FlopCounterMode(display=False) as counter:
-        model(*batch)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("fallback", [None, "shared"])

@@ -75,6 +75,14 @@ def test_auxiliary_heads_help_in_training_alone(name, amp, small, tmp_path):
     before = loop.evaluate(splits.test)
     torch.nn.init.constant_(next(heads.parameters()), 9.0)
     assert loop.evaluate(splits.test) == before
+    served, rows = loop.model.for_serving(), splits.test
+    assert loop.model.auxiliary is heads and served.auxiliary is None and not served.training
+    gone = {name for name, _ in loop.model.named_parameters()} - {name for name, _ in served.named_parameters()}
+    assert gone == {f"auxiliary.{name}" for name, _ in heads.named_parameters()}
+    inputs = rows.numeric, rows.categorical
+    torch.testing.assert_close(served(*inputs), loop.model.eval()(*inputs))
+    served.train()(*inputs)
+    assert not served._representation
 
 
 def test_rates_by_kind(small, tmp_path):
