@@ -1,5 +1,7 @@
 """What surrounds every test here: rubbish in fresh memory, products that keep float32, and a GPU that still works."""
 
+import os
+
 import pytest
 import torch
 
@@ -22,6 +24,8 @@ def numerics():
 @pytest.fixture(autouse=True)
 def a_gpu_that_works(request):
     """After an illegal access every call fails: only the test that made it is to be called the culprit."""
+    if _broken and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)  # the next worker has a GPU that works; this one would skip its way through everybody's tests
     if _broken:
         pytest.skip(f"the GPU is out of order since {_broken[0]}")
     yield
