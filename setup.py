@@ -228,7 +228,7 @@ def replace(source: Path, target: Path) -> None:
 
 def cxx_command() -> list[str]:
     # With the prefix map no path of this machine stays in the binaries: the same sources give the same bytes anywhere.
-    return [*shlex.split(cxx()), *CXX_FLAGS, f"-ffile-prefix-map={ROOT}=.", *torch_flags()]
+    return [*shlex.split(cxx()), *CXX_FLAGS, f"-ffile-prefix-map={ROOT}=."]
 
 
 def torch_flags() -> list[str]:
@@ -246,7 +246,7 @@ def library_sources() -> list[Path]:
 
 
 def add_library(file: BuildFile) -> Path:
-    command = cxx_command()
+    command = [*cxx_command(), *torch_flags()]
     objects = [file.compile(source, "plain", command) for source in library_sources()]
     for isa, flags in ISAS.items():
         for source in sorted((ROOT / "csrc/cpu/isa").glob("*.cpp")):
@@ -272,8 +272,9 @@ def add_build_info(file: BuildFile) -> Path:
         "MTL_CUDA_ARCHS": ",".join(cuda_archs()) if cuda_sources() else "",
         "MTL_NVCC": nvcc_version.group() if nvcc_version else "",
         "MTL_TORCH_HEADERS": torch_version(),
+        "MTL_TORCH_TARGET": f"{int(TORCH_TARGET[2:4], 16)}.{int(TORCH_TARGET[4:6], 16)}",
     }
-    includes = ["-isystem", sysconfig.get_path("include"), *pybind11_include()]
+    includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11_include()]
     command = [*cxx_command(), *includes, "-O1", *(f'-D{name}="{value}"' for name, value in facts.items())]
     # A folder each for with and without CUDA: going to and fro recompiles nothing.
     tag = sysconfig.get_config_var("SOABI") + ("-cuda" if cuda_sources() else "")
@@ -282,14 +283,14 @@ def add_build_info(file: BuildFile) -> Path:
     return file.add("link", out, [source], [*shlex.split(cxx()), "-shared", "-o", out, source])
 
 
-def pybind11_include() -> list[str]:
-    """pybind11's own headers, or the copy that torch carries."""
+def pybind11_include() -> str | Path:
+    """pybind11's own headers, or the copy that torch carries (which refuses what is compiled with torch_flags())."""
     try:
         import pybind11
 
-        return ["-isystem", pybind11.get_include()]
+        return pybind11.get_include()
     except ImportError:
-        return []
+        return torch_home() / "include"
 
 
 def extensions() -> list[Extension]:

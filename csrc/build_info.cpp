@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -18,12 +19,6 @@ py::tuple split(const std::string& text) {
     begin = end + 1;
   }
   return py::tuple(parts);
-}
-
-// "2.11" from 0x020b000000000000, as torch/headeronly/version.h packs it: one byte each, from the top.
-std::string torch_target() {
-  constexpr unsigned long long version = TORCH_TARGET_VERSION;
-  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
 }
 
 const char* compiler() {
@@ -42,6 +37,6 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("cuda_archs") = split(MTL_CUDA_ARCHS);
   m.attr("cxx") = compiler();
   m.attr("nvcc") = MTL_NVCC;
-  m.attr("torch_target") = torch_target();
+  m.attr("torch_target") = MTL_TORCH_TARGET;
   m.attr("torch_headers") = MTL_TORCH_HEADERS;
 }

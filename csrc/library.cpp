@@ -1,7 +1,7 @@
 // Every operator's schema, on one page. Kernels are registered beside their code, in cpu/<op>.cpp and cuda/<op>.cu.
-#include <torch/csrc/stable/library.h>
-
 #include <string>
+
+#include "common/boxing.h"
 
 // A forward operator and its twin `<name>_eager`: the same kernel, on which Python registers no autograd formula.
 static void define_forward(torch::stable::detail::StableLibrary& m, const std::string& name, const std::string& rest) {

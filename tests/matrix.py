@@ -2,8 +2,9 @@
 
 Each Python found here, with each torch asked for, gets an environment of its own, under a path with spaces: torch from
 pip and nothing else (no numpy, no compiler on PATH), the package as it lies here, read-only. `python -m mtlkernels` has
-to load the library, find every operator right and write nothing into the installation. The exit status is 1 where one
-does not. Gigabytes are fetched for every torch, and deleted afterwards.
+to load the library, find every operator right and write nothing into the installation. And the sources have to compile
+with the headers of every torch. The exit status is 1 where one does not. Gigabytes are fetched for every torch, and
+deleted afterwards.
 """
 
 import argparse
@@ -100,8 +101,19 @@ def self_test(python: Path, package: Path, place: Path) -> tuple[str, str]:
     return "", said
 
 
-def attempt(version: str, python: Path, torch: str, place: Path, cache: Path) -> Cell:
-    """Makes the environment, tries it, and deletes it."""
+def compiled(environment: Path, place: Path) -> tuple[str, str]:
+    """What is wrong with the CPU library where this environment's torch gives the headers; and what was printed."""
+    tree = place / "sources"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "lib", "_build_info*", "__pycache__"))
+    headers = next(environment.glob("lib/python*/site-packages"))
+    env = os.environ | {"PYTHONPATH": str(headers), "MTLKERNELS_CUDA": "0"}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, env=env,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return "the sources do not compile" if done.returncode else "", done.stdout
+
+
+def attempt(version: str, python: Path, torch: str, place: Path, cache: Path, build: bool) -> Cell:
+    """Makes the environment, tries it, where asked to compiles with its torch, and deletes it."""
     began, folder = time.perf_counter(), place / f"Python {version} with torch {torch}"
     inside = folder / "environment" / "bin" / "python"
     pip = [inside, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--cache-dir", cache]
@@ -115,6 +127,9 @@ def attempt(version: str, python: Path, torch: str, place: Path, cache: Path) ->
         problem, said = self_test(inside, install(folder / "read only"), folder)
         if not problem and "no numpy" not in bare.stderr:
             said += "\n(numpy came with torch)"
+        if build and not problem:
+            problem, printed = compiled(folder / "environment", folder)
+            said += printed + "\n(the sources compile)"
     finally:
         if folder.exists():
             remove(folder)
@@ -133,10 +148,11 @@ def main() -> int:
             print(f"Python {version}: not on this machine")
     with tempfile.TemporaryDirectory(prefix="install matrix ", dir=args.place) as place:
         for torch in args.torch:
-            for version, python in pythons.items():
-                cell = attempt(version, python, torch, Path(place), Path(place, "cache"))
+            for i, (version, python) in enumerate(pythons.items()):
+                cell = attempt(version, python, torch, Path(place), Path(place, "cache"), build=not i)
                 cells.append(cell)
-                tail = [line for line in cell.said.splitlines() if " right, " in line or "numpy came" in line]
+                marks = (" right, ", "numpy came", "the sources compile")
+                tail = [line for line in cell.said.splitlines() if any(mark in line for mark in marks)]
                 what = cell.problem or f"ok: {', '.join(tail)}"
                 print(f"Python {version}, torch {torch:<8} {what} ({cell.seconds:.0f} s in all)", flush=True)
     wrong = [cell for cell in cells if cell.problem]

@@ -1,10 +1,11 @@
 #include "dispatch.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
 #include <string>
+
+#include "../common/boxing.h"
 
 namespace mtl {
 

@@ -124,7 +124,7 @@ Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

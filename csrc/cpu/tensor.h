@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -12,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/boxing.h"
 #include "types.h"
 
 namespace mtl {

@@ -15,7 +15,7 @@ inline std::tuple<Tensor, Tensor> sort_stably(const Tensor& ids) {
   namespace convert = torch::stable::detail;
   std::array<StableIValue, 4> stack{convert::from(ids), convert::from(std::optional<bool>(true)),
                                     convert::from(int64_t{0}), convert::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {convert::to<Tensor>(stack[0]), convert::to<Tensor>(stack[1])};
 }
 

@@ -2,13 +2,12 @@
 // itself.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <numeric>
 #include <string>
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "glue.h"
 // After glue.h, for it needs MTL_LAUNCH.
 #include "expert_linear_launch.cuh"

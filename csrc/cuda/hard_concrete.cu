@@ -1,6 +1,5 @@
 // hard_concrete and its L0 penalty on CUDA tensors. A number a connection of the network: what counts is that each is a
 // single launch, so types are told apart at run time, and one thread has one number.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "launch.h"
 #include "sum_partials.cuh"
 

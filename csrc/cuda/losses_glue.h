@@ -1,13 +1,13 @@
 // What the torch glue of both losses shares. Include after launch.h.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
 
+#include "../common/boxing.h"
 #include "losses_launch.cuh"
 
 namespace mtl::loss {

@@ -1,10 +1,9 @@
 // What mix's torch glue shares with the operators that are built on it: a call's checked inputs, the operator itself.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "glue.h"
 // After glue.h, for it needs MTL_LAUNCH.
 #include "mix_launch.cuh"

@@ -1,8 +1,7 @@
 // partitioned_norm and its backward on CUDA tensors: checks, grouping, allocation, launch.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "domain_groups_glue.h"
 #include "partitioned_norm_launch.cuh"
 

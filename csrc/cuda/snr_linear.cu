@@ -1,10 +1,9 @@
 // snr_linear and snr_linear_backward on CUDA tensors: checks, allocation, launch.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <string>
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "glue.h"
 // After glue.h, for it needs MTL_LAUNCH.
 #include "snr_linear_launch.cuh"

@@ -1,10 +1,9 @@
 // star_linear and star_linear_backward on CUDA tensors: checks, grouping, allocation, launch.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <string>
 #include <tuple>
 
+#include "../common/boxing.h"
 #include "domain_groups_glue.h"
 // After glue.h, for it needs MTL_LAUNCH.
 #include "star_linear_launch.cuh"
