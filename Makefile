@@ -6,7 +6,8 @@
 #                         kept too. On a GPU machine without network: make gpu-check PYTHON=python3
 #   MTLKERNELS_CUDA=1     compiles the CUDA kernels everywhere, not only in cuda and gpu-check: they take minutes, and nothing
 #                         else here runs them. A plain `pip install --no-build-isolation .` compiles them wherever nvcc is found.
-#   PARTS=bench,tune      for gpu-check: some of build, device, tests, slow, sanitizer, bench and tune (default: all of them)
+#   PARTS=bench,tune      for gpu-check: some of build, promises, device, tests, slow, sanitizer, bench (promises among it)
+#                         and tune (default: all of them). In ten minutes: PARTS=promises,device LIMIT=570
 #   LIMIT=570             for gpu-check: seconds for all parts together; RESULTS=file: where the figures go, which may be
 #                         a file with the other parts (default: bench/results/<date>-<gpu>.json)
 #   RESULTS=file          for reproduce: the runs' lines (default: bench/results/reproduce.jsonl, whose runs are not done again)

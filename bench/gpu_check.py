@@ -1,6 +1,6 @@
 """Builds, tests and measures on this machine's GPU, part by part, into one results file.
 
-    python -m bench.gpu_check [--parts build,device,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE]
+    python -m bench.gpu_check [--parts build,promises,device,tests,sanitizer,bench,tune] [--limit SECONDS] [--out FILE]
     python -m bench.gpu_check --device cpu --small      a dry run without a GPU
     python -m bench.gpu_check --combine A B --out C
 
@@ -36,8 +36,9 @@ ON_DEVICE = {
     "device-partitioned_norm": ("partitioned_norm",),
     "device-small": ("hard_concrete", "hard_concrete_l0", "esmm_loss", "masked_bce"),
 }
-GROUPS = {"device": tuple(ON_DEVICE), "bench": ("ceilings", "operators", "step")}
-ORDER = ("build", *ON_DEVICE, "tests", "slow", "sanitizer", "ceilings", "operators", "step", "tune")
+GROUPS = {"device": tuple(ON_DEVICE), "bench": ("promises", "ceilings", "operators", "step")}
+# What matters most comes first: a machine may be there for minutes only.
+ORDER = ("build", "promises", *ON_DEVICE, "tests", "slow", "sanitizer", "ceilings", "operators", "step", "tune")
 _OPTIONAL = ("xdist", "pytest_timeout", "rich", "hypothesis", "sklearn", "pandas", "matplotlib")
 _LEAST = 5.0  # seconds: with less left, a part is not begun
 
@@ -67,7 +68,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     least = ["--small"] if small else []
     # A test file that cannot be imported here costs itself alone.
     pytest = [*python, "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    pytest += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))] if _has("xdist") else []
+    pytest += ["-n", str(max(1, min(14, (os.cpu_count() or 1) - 2)))] if _has("xdist") else []  # most of it compiles
     pytest += ["--timeout", "300"] if _has("pytest_timeout") else []
     cuda = {"MTLKERNELS_CUDA": "0" if device == "cpu" else "1"}
     if device != "cpu" and "MTLKERNELS_CUDA_ARCHS" not in os.environ:
@@ -75,6 +76,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
     calibrated = [*python, "bench.calibrate", *on, "--seconds", "0.02" if small else "0.5", *least]
     calibrated += ["--dtype", dtypes if device == "cpu" else "float32,tf32,bfloat16,float16"]
     beside = least or ["--memory", "--backends", "native,triton"]
+    promises = [*python, "bench.promises", *on, *(least or ["--budget", "240"])]
     step = [*python, "bench.step", *on, *(least or ["--dtype", dtypes, "--seconds", "8"])]
     tune = [*python, "bench.tune", *(["--interpret"] if device == "cpu" else ["--budget", "420"])]
     commands = {
@@ -82,6 +84,7 @@ def parts(names: list[str], device: str, small: bool, folder: Path, tests: list[
         "tests": ([*pytest, "-m", "not slow", "--ignore=tests/gpu", *tests], 540, {"OMP_NUM_THREADS": "2"}),
         "slow": ([*pytest, "-m", "slow", *tests], 570, {"OMP_NUM_THREADS": "2"}),
         "sanitizer": ([*python, "bench.sanitizer"], 570, {}),
+        "promises": (promises, 330, {}),
         "ceilings": (calibrated, 90, {}),
         "operators": ([*python, "bench.operators", *on, "--dtype", dtypes, *beside], 400, {}),
         "step": (step, 300, {}),
@@ -186,7 +189,9 @@ def _stop(process: subprocess.Popen) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the parts, merges each into the results file; 1 where one failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(ORDER), help="comma-separated; bench: ceilings,operators,step")
+    parser.add_argument(
+        "--parts", default=",".join(ORDER), help="comma-separated; bench: promises,ceilings,operators,step"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a dry run without a GPU")
     parser.add_argument("--small", action="store_true", help="sizes of a few numbers: a dry run of the whole path")
     parser.add_argument("--limit", type=float, help="seconds for all parts together; each has its own limit, too")

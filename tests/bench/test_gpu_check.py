@@ -82,7 +82,7 @@ def test_parts_come_in_order_and_by_group():
     def names(*wanted):
         return [p.name for p in gpu_check.parts(list(wanted), "cpu", True, Path("out"), [])]
 
-    assert names("bench", "build") == ["build", "ceilings", "operators", "step"]
+    assert names("bench", "build") == ["build", "promises", "ceilings", "operators", "step"]
     assert names(*gpu_check.ORDER) == list(gpu_check.ORDER)
     assert names("device") == list(gpu_check.ON_DEVICE)
     with pytest.raises(SystemExit, match="no nonsense"):
@@ -190,4 +190,5 @@ def test_dry_run_of_every_part(tmp_path):
     status = {name: entry["status"] for name, entry in found["parts"].items()}
     assert status.pop("sanitizer") in ("skipped", "passed") and set(status.values()) == {"passed"}
     assert found["parts"]["tests"]["result"]["counts"]["passed"] > 0
+    assert found["parts"]["promises"]["result"]["lines"] and not found["parts"]["promises"]["result"]["failed"]
     assert found["parts"]["operators"]["result"]["rows"] and found["parts"]["tune"]["result"]["rows"]
