@@ -7,6 +7,7 @@ eager mode calls a twin, ``<name>_eager``, the same kernel without a formula, fr
 out when no gradient is wanted. Under torch.func's transforms those of :mod:`._functional` serve.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class Operator:
         self._keep, self._gradients, self._remember = keep, gradients, remember
         self._forward: dict[str, Callable] = {}
         self._eager: dict[str, Callable] = {}
-        self._function: dict[str, type[torch.autograd.Function]] = {}
+        self._differentiable: dict[str, Callable[..., Tensor]] = {}
         self._functional: dict[str, Callable[..., Tensor]] = {}
         self.kernel: Callable[..., Tensor]  # of the C++ library, for goes_straight; its first output
         self.differentiable: Callable[..., Tensor]
@@ -97,7 +98,7 @@ class Operator:
         if torch._C._are_functorch_transforms_active():
             return self.reference(*args)[0] if many_small_slices(args[0]) else self._functional[which](*args)
         if wants_grad and torch.is_grad_enabled():
-            return self._function[which].apply(*args)
+            return self._differentiable[which](*args)
         return self._eager[which](*args)[0]
 
     def goes_straight(self, tensor: Any, which: str | None) -> bool:
@@ -170,10 +171,11 @@ class Operator:
 
         self._functional[which] = functional(eager, first_order, reference, keep, num_tensors)
         Eager.__name__ = Eager.__qualname__ = f"{self.name}_{which}"
-        self._forward[which], self._eager[which], self._function[which] = forward, kernel, Eager
+        self._forward[which], self._eager[which] = forward, kernel
+        # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
+        self._differentiable[which] = super(torch.autograd.Function, Eager).apply
         if which == "native":
-            # The base class's apply: what Function's own adds is for transforms, and costs four microseconds.
-            self.differentiable = super(torch.autograd.Function, Eager).apply
+            self.differentiable = self._differentiable[which]
             only = getattr(ops, f"{self.name}_only", None)
             self.kernel = (
                 (lambda *args: kernel(*args)[0]) if only is None else getattr(only.default, "_op", only.default)
@@ -190,9 +192,13 @@ class Operator:
 
 
 def _launcher(module: str, function: str) -> Callable:
-    def launch(*args: Any) -> tuple[Tensor, ...]:
+    @functools.cache
+    def launcher() -> Callable[..., tuple[Tensor, ...]]:
         # Imported at the first call: importing triton takes a second that most CPU users need not spend.
-        return getattr(importlib.import_module(f"mtlkernels.triton.{module}"), function)(*args)
+        return getattr(importlib.import_module(f"mtlkernels.triton.{module}"), function)
+
+    def launch(*args: Any) -> tuple[Tensor, ...]:
+        return launcher()(*args)
 
     return launch
 

@@ -29,6 +29,20 @@ def supports(device_type: str, dtype: torch.dtype, interpret: bool) -> tuple[boo
     return False, f"Triton kernels need a GPU, not device {device_type!r} (for tests: TRITON_INTERPRET=1 on a CPU)"
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of `size` cover n. Triton's own takes 3 us on the host, and a training step calls it 40 times."""
+    return -(-n // size)
+
+
+@lru_cache
+def arch_of(device: torch.device) -> int:
+    """Compute capability of a GPU, 90 for an H200; 0 for the CPU, where the interpreter runs."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
@@ -44,6 +58,7 @@ class MixConfig(NamedTuple):
     warps: int
 
 
+@lru_cache
 def pick_mix(num_rows: int, num_experts: int, width: int, itemsize: int) -> MixConfig:
     """Tiles for T = num_rows tasks, E experts of the given width D, elements of `itemsize` bytes.
 
@@ -73,6 +88,7 @@ class GemmConfig(NamedTuple):
     stages: int
 
 
+@lru_cache
 def pick_gemm(
     m: int | None, n: int, k: int | None, itemsize: int, tensor_cores: bool, arch: int, through_registers: bool = False
 ) -> GemmConfig:
@@ -107,6 +123,7 @@ class ExpertMixConfig(NamedTuple):
     stages: int
 
 
+@lru_cache
 def pick_expert_mix(num_rows: int, width: int, itemsize: int, tensor_cores: bool, arch: int) -> ExpertMixConfig:
     """Tile for T = num_rows tasks and experts of `width` outputs; itemsize, tensor_cores and arch as in pick_gemm.
 

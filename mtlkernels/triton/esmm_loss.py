@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device
+from .config import cdiv, on_device
 from .losses import checked, logistic, pick_loss, positive, readable, scale
 
 
@@ -49,7 +49,7 @@ def esmm_loss(
     dctr = torch.empty(batch, dtype=torch.float32, device=ctr_logit.device)
     dcvr = torch.empty_like(dctr)
     tile = pick_loss(1)
-    partial = torch.empty(triton.cdiv(batch, tile.rows), dtype=torch.float32, device=ctr_logit.device)
+    partial = torch.empty(cdiv(batch, tile.rows), dtype=torch.float32, device=ctr_logit.device)
     if batch:
         with on_device(ctr_logit):
             esmm_kernel[(partial.shape[0],)](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GemmConfig, offsets, on_device, pick_gemm, rows_contiguous, supports
+from .config import GemmConfig, arch_of, cdiv, offsets, on_device, pick_gemm, rows_contiguous, supports
 
 SAVES_INPUT = ("gelu", "silu")  # their gradient needs the pre-activation; the others' needs y
 
@@ -267,10 +267,7 @@ class _Call:
         self.tensor_cores = tf32 or x.dtype != torch.float32
         # The interpreter computes bfloat16 products on the bit patterns.
         self.upcast = INTERPRETED and x.dtype == torch.bfloat16
-        self.arch = 0
-        if x.is_cuda:
-            major, minor = torch.cuda.get_device_capability(x.device)
-            self.arch = 10 * major + minor
+        self.arch = arch_of(x.device)
 
     def pick(self, m: int | None, n: int, k: int | None, gradient: bool) -> GemmConfig:
         return pick_gemm(m, n, k, self.x.element_size(), self.tensor_cores, self.arch, through_registers=gradient)
@@ -311,7 +308,7 @@ def expert_linear(
     if y.numel() == 0:
         return y, z
     tile = call.pick(None, call.span, call.k, gradient=False)
-    grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.span, tile.n), call.units)
+    grid = (cdiv(call.batch, tile.m) * cdiv(call.span, tile.n), call.units)
     with on_device(x):
         forward_kernel[grid](
             call.x, call.weight, call.x if bias is None else bias.contiguous(), call.offsets, y, z,
@@ -348,7 +345,7 @@ def expert_linear_backward(
     with on_device(x):
         if dx.numel():
             tile = call.pick(None, call.k, None, gradient=True)
-            grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.k, tile.n), call.units)
+            grid = (cdiv(call.batch, tile.m) * cdiv(call.k, tile.n), call.units)
             dx_kernel[grid](
                 grad, saved, call.weight, call.offsets, dx, call.batch, call.n, call.k, call.span, call.total,
                 call.units * call.k, **call.constants(tile, activation),
@@ -362,10 +359,10 @@ def _parameter_gradients(
 ) -> tuple[Tensor, Tensor]:
     dtype, device = call.weight.dtype, call.x.device
     tile = call.pick(call.span, call.k, None, gradient=True)
-    tiles = triton.cdiv(call.span, tile.m) * max(1, triton.cdiv(call.k, tile.n) if need_w else 1)
+    tiles = cdiv(call.span, tile.m) * max(1, cdiv(call.k, tile.n) if need_w else 1)
     # Too few tiles to fill a GPU: cut the batch, sum the partial results in a fixed order.
-    chunks = max(1, min(_PROGRAMS // max(1, tiles * call.units), triton.cdiv(call.batch, _MIN_ROWS)))
-    chunk_rows = triton.cdiv(triton.cdiv(call.batch, chunks), tile.k) * tile.k
+    chunks = max(1, min(_PROGRAMS // max(1, tiles * call.units), cdiv(call.batch, _MIN_ROWS)))
+    chunk_rows = cdiv(cdiv(call.batch, chunks), tile.k) * tile.k
     part = dtype if chunks == 1 else torch.float32
     leading = () if chunks == 1 else (chunks,)
     dweight = torch.empty((*leading, *call.weight.shape) if need_w else 0, dtype=part, device=device)

@@ -18,7 +18,7 @@ from ..reference.expert_mix import without_unused
 from ..reference.mix import allowed_experts
 from . import expert_linear as linear
 from . import mix as mixing
-from .config import ExpertMixConfig, on_device, pick_expert_mix
+from .config import ExpertMixConfig, cdiv, on_device, pick_expert_mix
 from .expert_linear import _activate
 from .mix import MAP_NONE, _routes, _static
 
@@ -201,9 +201,9 @@ def expert_mix(
         if experts_per_unit is not None and any(n != 1 for n in experts_per_unit):
             shape, units = INPUT_MAP, _units(tuple(experts_per_unit), x.device)
     grid = (
-        triton.cdiv(call.batch, tile.m),
-        max(1, triton.cdiv(call.n, tile.n)),
-        triton.cdiv(tasks, tile.tasks),
+        cdiv(call.batch, tile.m),
+        max(1, cdiv(call.n, tile.n)),
+        cdiv(tasks, tile.tasks),
     )
     given = call.x  # where there is nothing to point at, unread
     with on_device(x):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.hard_concrete import NOISE_MAX, NOISE_MIN
-from .config import on_device
+from .config import cdiv, on_device
 
 BLOCK = 256
 
@@ -76,7 +76,7 @@ def hard_concrete(
     n = phi.numel()
     if n:
         with on_device(phi):
-            sample_kernel[(triton.cdiv(n, BLOCK),)](
+            sample_kernel[(cdiv(n, BLOCK),)](
                 phi, noise_at, z, s, n, SAMPLED=noise is not None, BETA=beta, GAMMA=gamma, ZETA=zeta,
                 LOW=NOISE_MIN, HIGH=NOISE_MAX, BLOCK=BLOCK,
             )  # fmt: skip
@@ -91,7 +91,7 @@ def hard_concrete_backward(grad: Tensor, s: Tensor, beta: float, gamma: float, z
     if n:
         scale = (zeta - gamma) / beta if sampled else zeta - gamma
         with on_device(s):
-            backward_kernel[(triton.cdiv(n, BLOCK),)](grad, s, out, n, SCALE=scale, GAMMA=gamma, ZETA=zeta, BLOCK=BLOCK)
+            backward_kernel[(cdiv(n, BLOCK),)](grad, s, out, n, SCALE=scale, GAMMA=gamma, ZETA=zeta, BLOCK=BLOCK)
     return out
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device, power_of_two
+from .config import cdiv, on_device, power_of_two
 
 
 class LossTile(NamedTuple):
@@ -71,7 +71,7 @@ def scale(grad: Tensor, saved: Tensor) -> Tensor:
     if out.numel():
         tile = pick_loss(num_tasks)
         batch = saved.shape[0]
-        grid = (triton.cdiv(batch, tile.rows), triton.cdiv(num_tasks, tile.tasks))
+        grid = (cdiv(batch, tile.rows), cdiv(num_tasks, tile.tasks))
         with on_device(saved):
             scale_kernel[grid](
                 grad.contiguous(), saved, out, batch, num_tasks, BB=tile.rows, BT=tile.tasks, num_warps=tile.warps

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device
+from .config import cdiv, on_device
 from .losses import checked, logistic, pick_loss, positive, readable, scale
 
 
@@ -55,7 +55,7 @@ def masked_bce(logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Ten
     device = logits.device
     dlogits = torch.empty((batch, num_tasks), dtype=torch.float32, device=device)
     tile = pick_loss(num_tasks)
-    grid = (triton.cdiv(batch, tile.rows), triton.cdiv(num_tasks, tile.tasks))
+    grid = (cdiv(batch, tile.rows), cdiv(num_tasks, tile.tasks))
     partial = torch.empty((grid[0], num_tasks), dtype=torch.float32, device=device)
     size = dict(BB=tile.rows, BT=tile.tasks, num_warps=tile.warps)
     if dlogits.numel():

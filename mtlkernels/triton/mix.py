@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import mix_channels
-from .config import offsets, on_device, pick_mix, power_of_two, rows_contiguous, supports
+from .config import cdiv, offsets, on_device, pick_mix, power_of_two, rows_contiguous, supports
 
 # How A is put together; constexpr of the kernels.
 MAP_NONE, MAP_MASK, MAP_COLUMNS = 0, 1, 2
@@ -300,7 +300,7 @@ def mix(
     lse = torch.empty(lse_shape, dtype=torch.float32, device=experts.device)
     if out.numel() + lse.numel() == 0:
         return out, lse
-    grid = (triton.cdiv(batch, tile.rows), max(1, triton.cdiv(width, tile.width)))
+    grid = (cdiv(batch, tile.rows), max(1, cdiv(width, tile.width)))
     with on_device(experts):
         forward_kernel[grid](
             *call.pointers(), out, lse, *call.sizes(), *call.experts.stride()[:2], *call.logit_strides,
@@ -350,7 +350,7 @@ def mix_backward(
     da = dlogits
     if need_l and logits.dtype != torch.float32:
         da = torch.empty(logits.shape, dtype=torch.float32, device=device)
-    programs = triton.cdiv(batch, tile.rows)
+    programs = cdiv(batch, tile.rows)
     partial = new((programs, static.numel()), dtype=torch.float32, device=device) if need_s else nothing
     if num_rows == 0 and need_h:
         dexperts.zero_()

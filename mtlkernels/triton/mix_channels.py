@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device, pick_mix, power_of_two, rows_contiguous
+from .config import cdiv, on_device, pick_mix, power_of_two, rows_contiguous
 
 _CHUNKS = 32  # partial sums of dstatic: with the tiles of D and the experts enough to fill a GPU
 
@@ -66,7 +66,7 @@ def mix(experts: Tensor, static: Tensor) -> Tensor:
     out = torch.empty((batch, num_rows, width), dtype=experts.dtype, device=experts.device)
     if out.numel():
         with on_device(experts):
-            channel_forward_kernel[triton.cdiv(batch, tile.rows), triton.cdiv(width, tile.width)](
+            channel_forward_kernel[cdiv(batch, tile.rows), cdiv(width, tile.width)](
                 experts, static, out, batch, num_rows, num_experts, width, *experts.stride()[:2],
                 BB=tile.rows, TP=power_of_two(num_rows), BD=tile.width, num_warps=tile.warps,
             )  # fmt: skip
@@ -80,14 +80,14 @@ def mix_backward(grad: Tensor, experts: Tensor, static: Tensor, dexperts: Tensor
     tile = pick_mix(num_rows, num_experts, width, experts.element_size())
     if num_rows == 0 and need_h:
         dexperts.zero_()
-    tiles = triton.cdiv(batch, tile.rows)
-    steps = max(1, triton.cdiv(tiles, _CHUNKS))
-    chunks = triton.cdiv(tiles, steps)
+    tiles = cdiv(batch, tile.rows)
+    steps = max(1, cdiv(tiles, _CHUNKS))
+    chunks = cdiv(tiles, steps)
     partial = torch.empty((chunks, *static.shape) if need_s else 0, dtype=torch.float32, device=grad.device)
     grad = rows_contiguous(grad)
     if batch and static.numel() and (need_h or need_s):
         with on_device(grad):
-            channel_backward_kernel[chunks, triton.cdiv(width, tile.width), num_experts](
+            channel_backward_kernel[chunks, cdiv(width, tile.width), num_experts](
                 grad, experts, static, dexperts, partial, batch, num_rows, num_experts, width,
                 *grad.stride()[:2], *experts.stride()[:2], steps,
                 NEED_H=need_h, NEED_S=need_s, BB=tile.rows, TP=power_of_two(num_rows), BD=tile.width,

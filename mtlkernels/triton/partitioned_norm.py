@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device, power_of_two, rows_contiguous, supports
+from .config import cdiv, on_device, power_of_two, rows_contiguous, supports
 
 _SLOTS = 256  # chunks that a large batch is cut into: enough to fill a GPU, few enough to merge in one program
 _MERGED = 32  # chunks that the merge takes at a time
@@ -281,8 +281,8 @@ class _Call:
         self.batch, self.width = x.shape
         self.num_domains = num_domains
         self.tile = pick_norm(self.width, x.element_size())
-        self.columns = triton.cdiv(self.width, self.tile.width)
-        self.steps = max(1, triton.cdiv(self.batch, self.tile.rows * _SLOTS)) if grouped else 1
+        self.columns = cdiv(self.width, self.tile.width)
+        self.steps = max(1, cdiv(self.batch, self.tile.rows * _SLOTS)) if grouped else 1
         self.rows = self.tile.rows * self.steps
         self.slots = self.batch // self.rows + num_domains + 2
         self.search = (num_domains + 1).bit_length()
@@ -291,7 +291,7 @@ class _Call:
             ids, self.order = torch.sort(domain, stable=True)
             self.bounds = torch.empty(num_domains + 3, dtype=torch.int64, device=x.device)
             with on_device(x):
-                bounds_kernel[(triton.cdiv(num_domains + 3, 128),)](
+                bounds_kernel[(cdiv(num_domains + 3, 128),)](
                     ids, self.bounds, self.batch, num_domains, self.batch.bit_length(), BLOCK=128
                 )
 
@@ -341,7 +341,7 @@ def partitioned_norm(
             num_warps=call.tile.warps,
         )  # fmt: skip
         shape = call.shape() if training else {**call.shape(), "BR": call.tile.loose_rows}
-        slots = call.slots if training else triton.cdiv(call.batch, call.tile.loose_rows)
+        slots = call.slots if training else cdiv(call.batch, call.tile.loose_rows)
         forward_kernel[slots, columns](
             call.x, domain.contiguous(), call.order, call.bounds, *shared, mean, var, out, call.batch, num_domains,
             width, call.x.stride(0), call.rows, call.search, call.steps, EPS=eps, GROUPED=training, **shape,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import GemmConfig, on_device, pick_gemm, rows_contiguous, supports
+from .config import GemmConfig, arch_of, cdiv, on_device, pick_gemm, rows_contiguous, supports
 from .expert_linear import INTERPRETED, SAVES_INPUT, _activate, _load_dz, _tile
 
 
@@ -231,10 +231,7 @@ class _Call:
         upcast = INTERPRETED and x.dtype == torch.bfloat16
         self.constants = dict(SKIP=skip_closed, ACTIVATION=activation, UPCAST=upcast, GROUP=_GROUP,
                               PRECISION="tf32" if tf32 else "ieee")  # fmt: skip
-        self.arch = 0
-        if x.is_cuda:
-            major, minor = torch.cuda.get_device_capability(x.device)
-            self.arch = 10 * major + minor
+        self.arch = arch_of(x.device)
 
     def launch(self, tile: GemmConfig) -> dict:
         return dict(self.constants, BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps, num_stages=tile.stages)
@@ -244,8 +241,8 @@ class _Call:
 
     def chunks(self, programs: int, step: int) -> tuple[int, int]:
         """Into how many pieces to cut the batch, and their rows, a multiple of step, so that a GPU has enough to do."""
-        chunks = max(1, min(_PROGRAMS // max(1, programs), triton.cdiv(self.batch, _MIN_ROWS)))
-        return chunks, triton.cdiv(triton.cdiv(self.batch, chunks), step) * step
+        chunks = max(1, min(_PROGRAMS // max(1, programs), cdiv(self.batch, _MIN_ROWS)))
+        return chunks, cdiv(cdiv(self.batch, chunks), step) * step
 
 
 def snr_linear(
@@ -271,7 +268,7 @@ def snr_linear(
     if y.numel() == 0:
         return y, z
     tile = pick_forward(call.n, call.k, call.itemsize, call.tensor_cores, call.arch)
-    grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.n, tile.n), call.outputs)
+    grid = (cdiv(call.batch, tile.m) * cdiv(call.n, tile.n), call.outputs)
     with on_device(x):
         forward_kernel[grid](
             call.x, call.weight, call.gate, call.x if bias is None else bias.contiguous(), y, z,
@@ -309,7 +306,7 @@ def snr_linear_backward(
     with on_device(x):
         if dx.numel():
             tile = pick_dx(call.k, call.itemsize, call.tensor_cores, call.arch)
-            grid = (triton.cdiv(call.batch, tile.m) * triton.cdiv(call.k, tile.n), call.inputs)
+            grid = (cdiv(call.batch, tile.m) * cdiv(call.k, tile.n), call.inputs)
             dx_kernel[grid](
                 grad, saved, call.weight, call.gate, dx, call.batch, call.outputs, call.inputs, call.n, call.k,
                 call.total, call.inputs * call.k, **call.launch(tile),
@@ -322,7 +319,7 @@ def snr_linear_backward(
 def _block_gradients(call: _Call, grad: Tensor, saved: Tensor, need_w: bool, need_g: bool) -> tuple[Tensor, Tensor]:
     dtype, blocks = call.weight.dtype, call.outputs * call.inputs
     tile = pick_gemm(call.n, call.k, None, call.itemsize, call.tensor_cores, call.arch, through_registers=True)
-    tiles = triton.cdiv(call.n, tile.m) * triton.cdiv(call.k, tile.n)
+    tiles = cdiv(call.n, tile.m) * cdiv(call.k, tile.n)
     # Too few tiles to fill a GPU: cut the batch, sum the partial results in a fixed order.
     chunks, chunk_rows = call.chunks(tiles * blocks, tile.k)
     shape = call.weight.shape if chunks == 1 else (chunks, *call.weight.shape)
@@ -340,7 +337,7 @@ def _block_gradients(call: _Call, grad: Tensor, saved: Tensor, need_w: bool, nee
 
 def _bias_gradient(call: _Call, grad: Tensor, saved: Tensor, activation: str) -> Tensor:
     rows, columns = BIAS_TILE
-    tiles = triton.cdiv(call.total, columns)
+    tiles = cdiv(call.total, columns)
     chunks, chunk_rows = call.chunks(tiles, rows)
     dtype = call.weight.dtype
     dbias = call.empty((chunks, call.outputs, call.n), dtype if chunks == 1 else torch.float32)

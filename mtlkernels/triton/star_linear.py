@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import on_device
+from .config import cdiv, on_device
 from .expert_linear import _MIN_ROWS, _PROGRAMS, SAVES_INPUT, _activate, _Call, _load_dz, _tile
 
 
@@ -258,7 +258,7 @@ def star_linear(
             return y, z
         tile = call.pick(None, call.n, call.k, gradient=True)
         tiles, _ = call.sorted.tiles(tile.m, call.num_domains + 1)
-        forward_kernel[(tiles.shape[1] * triton.cdiv(call.n, tile.n),)](
+        forward_kernel[(tiles.shape[1] * cdiv(call.n, tile.n),)](
             call.x, call.weight, call.own,
             call.x if bias is None else bias.contiguous(), call.x if domain_bias is None else domain_bias.contiguous(),
             call.sorted.order, tiles, y, z, call.num_domains, call.n, call.k, tiles.shape[1], call.x_strides[0],
@@ -295,7 +295,7 @@ def star_linear_backward(
         if dx.numel():
             tile = call.pick(None, call.k, None, gradient=True)
             tiles, _ = call.sorted.tiles(tile.m, call.num_domains + 1)
-            dx_kernel[(tiles.shape[1] * triton.cdiv(call.k, tile.n),)](
+            dx_kernel[(tiles.shape[1] * cdiv(call.k, tile.n),)](
                 grad, saved, call.weight, call.own, call.sorted.order, tiles, dx,
                 call.num_domains, call.n, call.k, tiles.shape[1], **call.constants(tile, activation),
             )  # fmt: skip
@@ -315,9 +315,9 @@ def _parameter_gradients(
     if not (need_w or need_b):
         return tuple(found)
     tile = call.pick(n, k, None, gradient=True)
-    grid = triton.cdiv(n, tile.m) * (triton.cdiv(k, tile.n) if need_w else 1)
-    chunks = max(1, min(_PROGRAMS // grid, triton.cdiv(call.batch, _MIN_ROWS)))
-    chunk_rows = max(1, triton.cdiv(triton.cdiv(call.batch, chunks), tile.k)) * tile.k
+    grid = cdiv(n, tile.m) * (cdiv(k, tile.n) if need_w else 1)
+    chunks = max(1, min(_PROGRAMS // grid, cdiv(call.batch, _MIN_ROWS)))
+    chunk_rows = max(1, cdiv(cdiv(call.batch, chunks), tile.k)) * tile.k
     tiles, begins = call.sorted.tiles(chunk_rows, num_domains)
     chunks = tiles.shape[1]
     partial = torch.empty((chunks, n, k) if need_w else 0, dtype=torch.float32, device=call.x.device)
@@ -334,7 +334,7 @@ def _parameter_gradients(
         (need_b, partial_bias, found[2], found[3], n),
     ):
         if need:
-            combine_kernel[(triton.cdiv(numel, block),)](
+            combine_kernel[(cdiv(numel, block),)](
                 sums, begins, call.weight, call.own, shared, own, num_domains, numel,
                 SCALE=sums is partial, NEED_SHARED=shared.numel() > 0, NEED_OWN=own.numel() > 0, BLOCK=block,
             )  # fmt: skip
