@@ -69,12 +69,11 @@ def cuda(words: list[str]) -> int:
         sources = Path(folder, "csrc")  # where gcov looks for them: as tests/cuda/emulated.py lays them out
         shutil.copytree(ROOT / "csrc", sources)
         shutil.copytree(ROOT / "tests" / "emulation", sources / "cuda", dirs_exist_ok=True)
-        shutil.copy(sources / "library.cpp", sources / "cuda")
         for counters in Path(folder).rglob("*.gcda"):
             if not counters.with_suffix(".gcno").exists():
                 counters.unlink()  # of kernels wrong on purpose, whose sources and notes went with the compiling
         emulation = "|".join(path.name.replace(".", r"\.") for path in (ROOT / "tests" / "emulation").iterdir())
-        gcovr("cuda", Path(folder), root=Path(folder), only=rf"csrc/cuda/(?!({emulation}|library\.cpp)$).*",
+        gcovr("cuda", Path(folder), root=Path(folder), only=rf"csrc/cuda/(?!({emulation})$).*",
               ran_in=sources / "cuda")  # fmt: skip
     return status
 

@@ -32,7 +32,7 @@ def build(source: str, change: tuple[str, str, str] | None = None, define: str =
     if compiler is None:
         pytest.skip("no C++ compiler")
     files = {f.name: f.read_text() for f in sorted(DEVICE.iterdir())}
-    files["library.cpp"] = (DEVICE.parent / "library.cpp").read_text()
+    files["../library.cpp"] = (DEVICE.parent / "library.cpp").read_text()
     files |= {f"../common/{f.name}": f.read_text() for f in sorted((DEVICE.parent / "common").iterdir())}
     if change is not None:
         name, old, new = change

@@ -7,11 +7,11 @@
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(mtlkernels_emulated, CPU, m, C10_UID)
 
 #define MTL_SLAB_BYTES 1024  // several slabs of a small batch
+#include "../library.cpp"
 #include "esmm_loss.cu"
 #include "expert_linear.cu"
 #include "expert_mix.cu"
 #include "hard_concrete.cu"
-#include "library.cpp"
 #include "masked_bce.cu"
 #include "mix.cu"
 #include "partitioned_norm.cu"
