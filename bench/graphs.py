@@ -2,7 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,30 @@ def captured(calls: Sequence[Callable[[], Any]], device: str) -> tuple[Callable[
         return rotating(calls), f"events ({str(error).splitlines()[0][:80]})"
 
 
-def _graph(call: Callable[[], Any]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    before = torch.cuda.get_sync_debug_mode()
+@contextmanager
+def captured_later(device: str | torch.device) -> Iterator[None]:
+    """Runs on the stream that `captured` takes: a forward pass whose backward is to be captured alone has to.
+
+    For a backward pass runs on its forward's stream, and the default one cannot be captured.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    side, current = _side_stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
+@cache
+def _side_stream() -> Any:
+    return torch.cuda.Stream()
+
+
+def _graph(call: Callable[[], Any]) -> Callable[[], None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with captured_later("cuda"):
         for _ in range(2):  # what is done once only, such as compiling and choosing algorithms
             call()
         # A call that asks the GPU for a size raises here, and not in the middle of a capture.
@@ -71,8 +92,7 @@ def _graph(call: Callable[[], Any]) -> Callable[[], None]:
             call()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=_side_stream()):
         call()
     return graph.replay

@@ -25,7 +25,7 @@ import mtlkernels as mtl
 from bench import calibrate, report
 from bench.contest import AUTOTUNED, BACKWARD, BOTH, COMPILED, FORWARD, LIMITS, OURS, Check, compiled, relative_error
 from bench.cost import floor, nbytes, watched
-from bench.graphs import captured, copies_for
+from bench.graphs import captured, captured_later, copies_for
 from bench.memory import MIB, peak_memory
 from bench.shapes import SHAPES, SWEEP, tiny
 from bench.subjects import EAGER, FORMULA, SUBJECTS, Draw, Operands, Shape, Subject, available, find
@@ -82,7 +82,9 @@ def copied(operands: Operands, leaves: tuple[str, ...] = (), dtype: torch.dtype 
 def step(call: Call, operands: Operands, leaves: tuple[str, ...], grad: Tensor, what: str) -> Callable[[], Any]:
     """One call, one call and its gradients, or the gradients of one call again and again."""
     if what == BACKWARD:
-        out, wanted = call(operands), [operands[name] for name in leaves]
+        with captured_later(grad.device):
+            out = call(operands)
+        wanted = [operands[name] for name in leaves]
         return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
     def forward() -> Tensor:
