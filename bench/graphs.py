@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def captured_later(device: str | torch.device) -> Iterator[None]:
     current.wait_stream(side)
 
 
-@cache
+@lru_cache
 def _side_stream() -> Any:
     return torch.cuda.Stream()
 
