@@ -155,6 +155,8 @@ class _Mixture(torch.autograd.Function):
             2 * needs[1] + 4 * needs[2],
         )
         of_mix = [g if need else None for g, need in zip(found, needs[1:3], strict=True)]
+        if not (needs[0] or any(needs[3:])):  # the gates' alone were asked for
+            return None, None, *of_mix, *(None for _ in layers)
         of_layers: list[Tensor | None] = []
         for i in reversed(range(1, len(plan.counts))):
             dz, need_w, need_b = outputs.pop(), needs[3 + 2 * i], needs[4 + 2 * i]

@@ -179,6 +179,18 @@ def test_what_wants_no_gradient(frozen, monkeypatch):
     torch.testing.assert_close(found, torch.autograd.grad(made(x).square().sum(), leaves), rtol=1e-12, atol=1e-14)
 
 
+def test_some_gradients_alone():
+    """The graph is then used up for the others, too, as every graph is."""
+    bank = ExpertMLP(4, 16, [8, 6]).double()
+    x, logits = (torch.randn(9, *shape, dtype=torch.float64, requires_grad=True) for shape in ((16,), (2, 4)))
+    mixture(bank, x, logits)
+    everything = [x, logits, *bank.parameters()]
+    wanted = torch.autograd.grad(mixture(bank, x, logits).square().sum(), everything)
+    for leaf, gradient in zip(everything, wanted, strict=True):
+        out = mixture(bank, x, logits)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaf)[0], gradient)
+
+
 @pytest.mark.parametrize("options", [{"norm": "batch"}, {"activation": "gelu"}, {"dropout": 0.5}])
 def test_other_banks_run_as_they_are(options):
     made = network("MMoE", **options)
