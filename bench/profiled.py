@@ -104,7 +104,7 @@ def rows(step: Step, gflops: float, gb_s: float) -> list[Row]:
 
 
 def _name(op: Op) -> str:
-    name = op.name.removesuffix("_eager").removesuffix("_only") if op.ours else op.name
+    name = op.name.removesuffix("_eager").removesuffix("_only").removesuffix("_into") if op.ours else op.name
     return name.removesuffix("_data").removesuffix("_backward") if op.backward else name
 
 

@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "expert_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor saved, int[]? experts_per_unit,"
       " str activation, int needs) -> (Tensor, Tensor, Tensor)");
+  // The same of a layer whose x is another's output, and wanted no more: x becomes the gradient of that layer's sums,
+  // dx act'(x). On a CPU. grad: of this layer's sums. needs: bit 2 dweight, 4 dbias.
+  m.def(
+      "expert_linear_backward_into(Tensor grad, Tensor(a!) x, Tensor weight, int[]? experts_per_unit, str through,"
+      " int needs) -> (Tensor, Tensor)");
   // O[b,t,:] = sum_e (softmax(logits) + static)[b,t,e] H[b,e,:]. Second output: the logits' logsumexp [B,T].
   define_forward(m, "mix",
                  "(Tensor experts, Tensor? logits, Tensor? static, Tensor? mask, Tensor? columns, int[]? native)"
@@ -34,6 +39,11 @@ STABLE_TORCH_LIBRARY(mtlkernels, m) {
   m.def(
       "mix_backward(Tensor grad, Tensor? grad_lse, Tensor experts, Tensor? logits, Tensor? static, Tensor? mask,"
       " Tensor? columns, int[]? native, Tensor lse, int needs) -> (Tensor, Tensor, Tensor)");
+  // The same of experts that are wanted no more, and become the gradient of their sums. On a CPU. needs: bit 2 dlogits,
+  // 4 dstatic.
+  m.def(
+      "mix_backward_into(Tensor grad, Tensor(a!) experts, Tensor? logits, Tensor? static, Tensor? columns,"
+      " int[]? native, str through, int needs) -> (Tensor, Tensor)");
   // Mean over rows of the click's cross entropy and, times the weight, click-and-conversion's. All [B]; second and
   // third output: the loss's derivatives by the logits, in the type of sums.
   define_forward(m, "esmm_loss",

@@ -63,6 +63,12 @@ def expert_linear_backward(
     return Cost((to_x + to_weight) * product + to_bias * grad.numel(), moved)
 
 
+def expert_linear_backward_into(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: Sequence[int] | None, through: str, needs: int
+) -> Cost:
+    return expert_linear_backward(grad, x, weight, grad, counts, "", needs | 1)
+
+
 def mix(
     experts: Tensor,
     logits: Tensor | None,
@@ -97,6 +103,19 @@ def mix_backward(
     flops += to_logits * 5 * routes * experts.shape[0]
     moved = size(grad, logits, static) + (to_experts + to_weights) * size(experts)
     return Cost(flops, moved + to_logits * size(logits) + to_static * size(static))
+
+
+def mix_backward_into(
+    grad: Tensor,
+    experts: Tensor,
+    logits: Tensor | None,
+    static: Tensor | None,
+    columns: Tensor | None,
+    native: Sequence[int] | None,
+    through: str,
+    needs: int,
+) -> Cost:
+    return mix_backward(grad, None, experts, logits, static, None, columns, native, grad, needs | 1)
 
 
 def expert_mix(
@@ -288,8 +307,10 @@ COSTS: dict[str, Callable[..., Cost]] = {
     for f in (
         expert_linear,
         expert_linear_backward,
+        expert_linear_backward_into,
         mix,
         mix_backward,
+        mix_backward_into,
         expert_mix,
         expert_mix_backward,
         expert_mix_saving,

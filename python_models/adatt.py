@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mtlkernels as mtl
 from mtlkernels.arguments import count
+from mtlkernels.mixture import mixture
 
 from .layers import (
     Blocks,
@@ -128,14 +128,14 @@ class AdaTTLevel(nn.Module):
                 bound = 1 / math.sqrt(part.numel())
                 part.uniform_(-bound, bound)
 
-    def _static(self, experts: Tensor) -> Tensor | None:
+    def _static(self, like: Tensor) -> Tensor | None:
         """v [sum(experts_per_unit[:rows])], or None for unit weights."""
         if all(learned for _, learned in self.weights):
             return self.native
         if self.native is None and len(self.weights) == self.rows:
             return None
         learned = iter(() if self.native is None else self.native.split([n for n, kept in self.weights if kept]))
-        one = experts.new_ones(1) if self.native is None else self.native.new_ones(1)
+        one = like.new_ones(1) if self.native is None else self.native.new_ones(1)
         return torch.cat([next(learned) if kept else one for _, kept in self.weights])
 
     def residual_weights(self) -> Tensor:
@@ -149,9 +149,9 @@ class AdaTTLevel(nn.Module):
         return F.pad(own, (0, sum(self.experts_per_unit) - sum(counts)))
 
     def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        experts, logits = self.experts(x), self.gates(x)
+        logits = self.gates(x)
         if self.residual:
-            out = mtl.adatt_mix(experts, logits, self._static(experts), experts_per_unit=self.experts_per_unit)
+            out = mixture(self.experts, x, logits, self._static(x), experts_per_unit=self.experts_per_unit)
         else:
-            out = mtl.gated_mix(experts, logits)
+            out = mixture(self.experts, x, logits)
         return (out, gate_weights(logits)) if return_gates else out

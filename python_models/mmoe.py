@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import mtlkernels as mtl
 from mtlkernels.arguments import count
+from mtlkernels.mixture import mixture
 
 from .layers import Blocks, check_input, check_levels, check_per_level, gate_weights
 
@@ -70,7 +70,7 @@ class MMoE(nn.Module):
         last, h, weights = len(self.experts) - 1, shared, []
         for i, (experts, gates) in enumerate(zip(self.experts, self.gates, strict=True)):
             logits = gates(tasks if i == last else shared)
-            h = mtl.gated_mix(experts(h), logits)
+            h = mixture(experts, h, logits)
             if return_gates:
                 weights.append(gate_weights(logits))
         if self.omoe:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import mtlkernels as mtl
 from mtlkernels.arguments import count
+from mtlkernels.mixture import mixture
 
 from .layers import (
     Blocks,
@@ -134,6 +134,6 @@ class CGCLevel(nn.Module):
         self.mix = None if dense else RoutedMix(experts_per_unit, reads, build.device)
 
     def forward(self, x: Tensor, *, return_gates: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        experts, logits = self.experts(x), self.gates(x)
-        out = mtl.gated_mix(experts, logits) if self.mix is None else self.mix(experts, logits)
+        logits = self.gates(x)
+        out = mixture(self.experts, x, logits, routes=self.mix and self.mix.routes)
         return (out, gate_weights(logits, self.mix and self.mix.routes)) if return_gates else out

@@ -27,6 +27,8 @@ struct Call {
   const Tensor &x, &weight;
   Operand dz;
   char *dx, *dweight, *dbias;  // null: not wanted
+  bool into;                   // dx is x's own memory, and takes the gradient through the activation that made x
+  Activation through;
   int64_t slices, rows, padded;
   const char* panels;  // of the weights, kColumns of a unit's columns at a time
   // Sums of the slices in the packed type: [slices][columns][features], then [slices][columns].
@@ -92,8 +94,9 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
     Ahead ahead = ahead_of(r + call.rows);
     char* dx = call.dx ? call.dx + (r * dx_stride + u.input * p.features) * call.element() : nullptr;
     // One product's dx need not be kept in sums.
-    const bool dx_rounded = !dx_direct && u.cols <= kColumns;
-    char* dx_sums = !dx || dx_direct || dx_rounded ? dx : scratch_of(kInputGradient, n * p.features, p);
+    const bool dx_rounded = !dx_direct && !call.into && u.cols <= kColumns;
+    const bool in_sums = dx && !dx_rounded && (call.into || !dx_direct);
+    char* dx_sums = in_sums ? scratch_of(kInputGradient, n * p.features, p) : dx;
     if (weight_sums) pack.columns_wide(moved(x, r, 0, call.element()), n, p.features, input);
     int64_t c = 0;
     do {  // once for a unit without columns too, whose dx is zero
@@ -107,7 +110,7 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
                       {dx, nullptr, nullptr, Activation::kNone, dx_stride, stream, meanwhile});
       else if (dx)
         kernels.accumulate(dz, panels, n, p.features, p.depth(cols),
-                           {dx_sums, dx_direct ? dx_stride : p.features, c > 0, dx_direct && stream, meanwhile});
+                           {dx_sums, in_sums ? p.features : dx_stride, c > 0, !in_sums && stream, meanwhile});
       if (bias_sums) kernels.add_packed(dz, n, cols, bias_sums + c * p.packed_size);
       if (weight_sums) {
         kernels.turn(dz, n, cols, turned);
@@ -116,8 +119,13 @@ void walk(const Call& call, const Unit& u, int64_t slice) {
       }
       c += kColumns;
     } while (c < u.cols);
-    for (int64_t i = 0; dx && dx_sums != dx && i < n; ++i)
-      pack.narrow(dx_sums + i * p.features * p.packed_size, dx + i * dx_stride * call.element(), p.features);
+    for (int64_t i = 0; in_sums && i < n; ++i) {
+      char *sums = dx_sums + i * p.features * p.packed_size, *row = dx + i * dx_stride * call.element();
+      if (call.into)
+        pack.gradient_into(call.through, sums, row, p.features);
+      else
+        pack.narrow(sums, row, p.features);
+    }
   }
 }
 
@@ -136,20 +144,15 @@ void add_slices(const Call& call, int64_t n, char* to, const SumsOf& sums_of) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                          const Tensor& weight_in, const Tensor& saved_in,
-                                                          std::optional<std::vector<int64_t>> experts_per_unit,
-                                                          std::string activation_name, int64_t needs) {
-  const Activation activation = activation_from(activation_name);
-  const Tensor x = dense_rows(x_in), weight = dense(weight_in);
-  const Tensor grad = dense(grad_in), saved = dense(saved_in);
+// dx, where it is wanted, and the weights' gradients; with `through`, dx is x itself.
+std::tuple<Tensor, Tensor> gradients(const Tensor& x, const Tensor& weight, const Tensor& grad, const Tensor* saved,
+                                     const std::optional<std::vector<int64_t>>& experts_per_unit, Activation activation,
+                                     const Tensor* dx, const Activation* through, int64_t needs) {
   Problem p = linear_problem(x, weight, experts_per_unit);
   STD_TORCH_CHECK(grad.numel() == p.batch * p.columns() && grad.scalar_type() == x.scalar_type(),
                   "grad must be [B,E,N] in x's dtype");
-  const bool through = activation != Activation::kNone;
-  STD_TORCH_CHECK(!through || (saved.numel() == grad.numel() && saved.scalar_type() == x.scalar_type()),
+  STD_TORCH_CHECK(!saved || (saved->numel() == grad.numel() && saved->scalar_type() == x.scalar_type()),
                   "saved must be [B,E,N] in x's dtype");
-  const Tensor dx = needs & 1 ? allocate_like(x) : allocate({0}, x.scalar_type());
   const Tensor dweight = needs & 2 ? allocate_like(weight) : allocate({0}, weight.scalar_type());
   const Tensor dbias =
       needs & 4 ? allocate({p.experts, p.outputs}, weight.scalar_type()) : allocate({0}, weight.scalar_type());
@@ -162,12 +165,20 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
       std::clamp<int64_t>((kTasks + units - 1) / units, 1, std::clamp<int64_t>(p.batch / kSliceRows, 1, kSlices));
   const int64_t row = std::max<int64_t>(1, std::min(kColumns, p.columns()) + p.features);
   const int64_t rows = std::clamp<int64_t>(kNumbers / row, 48, kRows) / p.tile_rows * p.tile_rows;
-  Call call{std::move(p),   x,
-            weight,         {grad.const_data_ptr(), through ? saved.const_data_ptr() : nullptr, activation, 0},
-            pointer(dx),    pointer(dweight),
-            pointer(dbias), slices,
-            rows,           0,
-            nullptr,        nullptr,
+  Call call{std::move(p),
+            x,
+            weight,
+            {grad.const_data_ptr(), saved ? saved->const_data_ptr() : nullptr, activation, 0},
+            dx ? pointer(*dx) : nullptr,
+            pointer(dweight),
+            pointer(dbias),
+            through != nullptr,
+            through ? *through : Activation::kNone,
+            slices,
+            rows,
+            0,
+            nullptr,
+            nullptr,
             nullptr};
   call.dz.stride = call.p.columns();
   call.padded = round_up(call.p.features, call.p.tile_cols);
@@ -182,11 +193,36 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_in,
   if (call.dweight) add_slices(call, weights, call.dweight, [&](int64_t s) { return call.sums_of(s); });
   if (call.dbias)
     add_slices(call, columns, call.dbias, [&](int64_t s) { return call.bias_sums + s * columns * call.p.packed_size; });
+  return {dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad, const Tensor& x_in, const Tensor& weight,
+                                                          const Tensor& saved_in,
+                                                          std::optional<std::vector<int64_t>> experts_per_unit,
+                                                          std::string activation_name, int64_t needs) {
+  const Activation activation = activation_from(activation_name);
+  const Tensor x = dense_rows(x_in), saved = dense(saved_in);
+  const bool through = activation != Activation::kNone;
+  const Tensor dx = needs & 1 ? allocate_like(x) : allocate({0}, x.scalar_type());
+  const auto [dweight, dbias] = gradients(x, dense(weight), dense(grad), through ? &saved : nullptr, experts_per_unit,
+                                          activation, &dx, nullptr, needs);
   return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor> expert_linear_backward_into(const Tensor& grad, Tensor x, const Tensor& weight,
+                                                       std::optional<std::vector<int64_t>> experts_per_unit,
+                                                       std::string through_name, int64_t needs) {
+  const Activation through = activation_from(through_name);
+  STD_TORCH_CHECK(!needs_input(through), "through must be an activation whose derivative follows from its output");
+  STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
+  return gradients(x, dense(weight), dense(grad), nullptr, experts_per_unit, Activation::kNone, &x, &through, needs);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) { m.impl("expert_linear_backward", TORCH_BOX(&expert_linear_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("expert_linear_backward", TORCH_BOX(&expert_linear_backward));
+  m.impl("expert_linear_backward_into", TORCH_BOX(&expert_linear_backward_into));
+}
 
 }  // namespace mtl

@@ -43,6 +43,8 @@ struct PackKernels {
   // n numbers of the storage type to the packed type and back.
   void (*widen)(const void* from, void* to, int64_t n);
   void (*narrow)(const void* from, void* to, int64_t n);
+  // row = sums * act', n numbers; row, of the storage type, is the activation's output.
+  void (*gradient_into)(Activation, const void* sums, void* row, int64_t n);
   // Product of rows a, `a_stride` numbers apart and readable up to a whole tile, and panels b, to rows of this type.
   void (*multiply)(const void* a, int64_t a_stride, const void* b, int64_t rows, int64_t cols, int64_t depth,
                    const Output&);

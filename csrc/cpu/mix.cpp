@@ -266,15 +266,13 @@ Tensor run_backward(Call& call, const OptionalTensor& fixed, bool with_static, c
   return with_static ? gather_static<C>(call, *fixed, partial, blocks) : allocate({0}, like.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const OptionalTensor& grad_lse,
-                                                const Tensor& experts, const OptionalTensor& logits,
-                                                const OptionalTensor& fixed, const OptionalTensor& mask,
-                                                const OptionalTensor& columns, Native native, const Tensor& lse,
-                                                int64_t needs) {
-  (void)lse;  // the softmax is cheaper to repeat from the row's logits than to rebuild from their logsumexp
-  Call call = prepare(experts, logits, fixed, mask, columns, native);
+// dlogits and dstatic, and dexperts where it goes; with `through`, it is experts.
+std::tuple<Tensor, Tensor> gradients(Call& call, const Tensor& grad_in, const OptionalTensor& grad_lse,
+                                     const OptionalTensor& logits, const OptionalTensor& fixed, const Tensor* dexperts,
+                                     const Activation* through, int64_t needs) {
   call.args.plan = &call.plan;
   plan_users(call.plan);
+  const Tensor& experts = call.experts;
   const Tensor grad = dense(grad_in);
   STD_TORCH_CHECK(
       grad.numel() == call.batch * call.plan.rows * call.plan.width && grad.scalar_type() == experts.scalar_type(),
@@ -285,18 +283,43 @@ std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad_in, const Opt
       "grad_lse must be [B,T] in the type of sums");
   OptionalTensor dlse;
   if (with_lse) dlse = dense(*grad_lse);
-  Tensor dexperts = needs & 1 ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
-                              : allocate({0}, experts.scalar_type());
   const bool with_logits = (needs & 2) && logits, with_static = (needs & 4) && fixed;
   Tensor dlogits = with_logits ? allocate_like(*logits) : allocate({0}, experts.scalar_type());
   call.args.grad = grad.const_data_ptr();
   call.args.grad_lse = with_lse ? dlse->const_data_ptr() : nullptr;
-  call.args.stream = dexperts.numel() * int64_t(dexperts.element_size()) >= kStreamBytes;
-  call.args.dexperts = needs & 1 ? dexperts.mutable_data_ptr() : nullptr;
+  call.args.dexperts = dexperts ? const_cast<void*>(dexperts->const_data_ptr()) : nullptr;
+  call.args.into = through != nullptr;
+  if (through) call.args.through = *through;
+  call.args.stream = dexperts && !through && dexperts->numel() * int64_t(dexperts->element_size()) >= kStreamBytes;
   call.args.dlogits = with_logits ? dlogits.mutable_data_ptr() : nullptr;
   Tensor dstatic = sum_type(experts) == ScalarType::Double ? run_backward<double>(call, fixed, with_static, experts)
                                                            : run_backward<float>(call, fixed, with_static, experts);
+  return {dlogits, dstatic};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_backward(const Tensor& grad, const OptionalTensor& grad_lse,
+                                                const Tensor& experts, const OptionalTensor& logits,
+                                                const OptionalTensor& fixed, const OptionalTensor& mask,
+                                                const OptionalTensor& columns, Native native, const Tensor& lse,
+                                                int64_t needs) {
+  (void)lse;  // the softmax is cheaper to repeat from the row's logits than to rebuild from their logsumexp
+  Call call = prepare(experts, logits, fixed, mask, columns, native);
+  const bool wanted = needs & 1;
+  Tensor dexperts = wanted ? allocate({call.batch, call.plan.experts, call.plan.width}, experts.scalar_type())
+                           : allocate({0}, experts.scalar_type());
+  const auto [dlogits, dstatic] =
+      gradients(call, grad, grad_lse, logits, fixed, wanted ? &dexperts : nullptr, nullptr, needs);
   return {dexperts, dlogits, dstatic};
+}
+
+std::tuple<Tensor, Tensor> mix_backward_into(const Tensor& grad, Tensor experts, const OptionalTensor& logits,
+                                             const OptionalTensor& fixed, const OptionalTensor& columns, Native native,
+                                             std::string through_name, int64_t needs) {
+  const Activation through = activation_from(through_name);
+  STD_TORCH_CHECK(!needs_input(through), "through must be an activation whose derivative follows from its output");
+  STD_TORCH_CHECK(experts.is_contiguous(), "experts must be contiguous");
+  Call call = prepare(experts, logits, fixed, {}, columns, native);
+  return gradients(call, grad, {}, logits, fixed, &experts, &through, needs);
 }
 
 }  // namespace
@@ -306,6 +329,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("mix_eager", TORCH_BOX(&mix));
   m.impl("mix_only", TORCH_BOX(&mix_only));
   m.impl("mix_backward", TORCH_BOX(&mix_backward));
+  m.impl("mix_backward_into", TORCH_BOX(&mix_backward_into));
 }
 
 }  // namespace mtl

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/activation.h"
 #include "dispatch.h"
 #include "types.h"
 
@@ -58,8 +59,10 @@ struct MixArgs {
   const void* grad;  // [B,T,D]
   const void* grad_lse;
   void* dexperts;  // [B,E,D], or null
-  void* dlogits;   // like logits, or null
-  void* dfixed;    // [R] or [T,E,D] sums of these batch rows in the type of sums, or null
+  bool into;       // dexperts is experts, contiguous, and takes the gradient through the activation that made them
+  Activation through;
+  void* dlogits;  // like logits, or null
+  void* dfixed;   // [R] or [T,E,D] sums of these batch rows in the type of sums, or null
 };
 
 // Batch rows [begin, end). `memory` holds scratch_bytes.

@@ -31,6 +31,7 @@ CALLS = {
     "expert_linear": ((X, W, BIAS, None, "relu", False), {0: {0}}),
     "expert_linear units": ((XU, W, BIAS, [1, 1], "", False), {0: {0}}),
     "expert_linear_backward": ((H, X, W, H, None, "relu", ALL), {0: {"rank"}, 3: {"rank"}}),
+    "expert_linear_backward_into": ((H, X, W, None, "relu", ALL), {0: {"rank"}}),
     "mix": ((H, LOGITS, STATIC, MASK, None, None), {0: {2, "dtype"}, 1: {"dtype"}, 2: {"dtype"}}),
     "mix logits": ((H, LOGITS, None, None, None, None), {0: {2, "dtype"}, 1: {1, "dtype"}}),
     "mix packed": ((H, PACKED, ROW, None, COLUMNS, None), {0: {2, "dtype"}, 1: {"dtype"}, 2: {"dtype"}}),
@@ -39,6 +40,10 @@ CALLS = {
     "mix_backward": (
         (OUT, LSE, H, LOGITS, STATIC, MASK, None, None, LSE, 7),
         {0: {"rank"}, 1: {"rank"}, 3: {"dtype"}, 4: {"dtype"}, 8: ANY},
+    ),
+    "mix_backward_into": (
+        (OUT, H, LOGITS, STATIC, None, None, "relu", ALL),
+        {0: {"rank"}, 2: {"dtype"}, 3: {"dtype"}},
     ),
     "expert_mix": ((X, W, BIAS, LOGITS, STATIC, MASK, None, None, "relu"), {2: {"rank"}, 3: {"dtype"}, 4: {"dtype"}}),
     "expert_mix logits": ((X, W, None, LOGITS, None, None, None, None, ""), {1: {1}, 3: {1, "dtype"}}),

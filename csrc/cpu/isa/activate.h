@@ -44,20 +44,22 @@ inline void activate(Activation activation, C* z, int64_t n) {
   }
 }
 
-// out = grad * act'; `saved` is the activation's output, for gelu and silu its input.
-template <class S, class C>
-inline void activation_gradient(Activation activation, const S* grad, const S* saved, C* out, int64_t n) {
+// out = grad * act'; `saved` is the activation's output, for gelu and silu its input. out may be saved or grad.
+template <class G, class S, class C>
+inline void activation_gradient(Activation activation, const G* grad, const S* saved, C* out, int64_t n) {
   constexpr int64_t chunk = 64;
   C g[chunk], s[chunk];
   for (int64_t i = 0; i < n; i += chunk, grad += chunk, saved += chunk, out += chunk) {
     const int64_t m = n - i < chunk ? n - i : chunk;
     const C *gp = g, *sp = s;
-    if constexpr (std::is_same_v<S, C>) {
-      gp = grad, sp = saved;
-    } else {
+    if constexpr (std::is_same_v<G, C>)
+      gp = grad;
+    else
       widen(grad, g, m);
+    if constexpr (std::is_same_v<S, C>)
+      sp = saved;
+    else
       widen(saved, s, m);
-    }
     switch (activation) {
       case Activation::kNone:
         for (int64_t j = 0; j < m; ++j) out[j] = gp[j];
@@ -81,6 +83,22 @@ inline void activation_gradient(Activation activation, const S* grad, const S* s
       case Activation::kSigmoid:
         for (int64_t j = 0; j < m; ++j) out[j] = gp[j] * sp[j] * (C{1} - sp[j]);
         break;
+    }
+  }
+}
+
+// row = sums * act', row being the activation's output: a gradient takes the place of what it is by.
+template <class S, class C>
+inline void gradient_into(Activation activation, const C* sums, S* row, int64_t n) {
+  if constexpr (std::is_same_v<S, C>) {
+    activation_gradient(activation, sums, row, row, n);
+  } else {
+    constexpr int64_t chunk = 64;
+    C exact[chunk];
+    for (int64_t i = 0; i < n; i += chunk) {
+      const int64_t m = n - i < chunk ? n - i : chunk;
+      activation_gradient(activation, sums + i, row + i, exact, m);
+      narrow(exact, row + i, m);
     }
   }
 }

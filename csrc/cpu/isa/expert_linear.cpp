@@ -37,6 +37,11 @@ void narrow_row(const void* from, void* to, int64_t n) {
   narrow(static_cast<const SumOf<S>*>(from), static_cast<S*>(to), n);
 }
 
+template <class S>
+void gradient_into_row(Activation activation, const void* sums, void* row, int64_t n) {
+  gradient_into(activation, static_cast<const SumOf<S>*>(sums), static_cast<S*>(row), n);
+}
+
 // The tile's sums to memory: bias, activation and rounding while the tile is in L1.
 template <class S, class C = SumOf<S>>
 inline void finish_tile(C* tile, int64_t r, int64_t c, int64_t rows, int64_t cols, const Output& out) {
@@ -189,8 +194,8 @@ void add_rows(const void* rows, int64_t n, int64_t cols, void* sums) {
 
 template <class S>
 constexpr PackKernels pack_kernels() {
-  return {rows_of<S>,    rows_to_panels<S>, columns_to_panels<S>, widen_row<S>,
-          narrow_row<S>, multiply<S>,       multiply_turned<S>};
+  return {rows_of<S>,    rows_to_panels<S>,    columns_to_panels<S>, widen_row<S>,
+          narrow_row<S>, gradient_into_row<S>, multiply<S>,          multiply_turned<S>};
 }
 
 template <class C>
@@ -200,10 +205,11 @@ constexpr SumKernels sum_kernels() {
 }
 
 #if defined(__AVX512BF16__)
-constexpr PairKernels pair_kernels = {{pair_rows, pair_rows_wide, pair_columns_wide, widen_row<BFloat16>,
-                                       narrow_row<BFloat16>, multiply<BFloat16, Pair>, multiply_turned<BFloat16, Pair>},
-                                      {kTileCols<float>, accumulate<Layout::kRows, Pair>,
-                                       accumulate<Layout::kPanel, Pair>, turn_pairs, add_rows<float>, add_pairs}};
+constexpr PairKernels pair_kernels = {
+    {pair_rows, pair_rows_wide, pair_columns_wide, widen_row<BFloat16>, narrow_row<BFloat16>,
+     gradient_into_row<BFloat16>, multiply<BFloat16, Pair>, multiply_turned<BFloat16, Pair>},
+    {kTileCols<float>, accumulate<Layout::kRows, Pair>, accumulate<Layout::kPanel, Pair>, turn_pairs, add_rows<float>,
+     add_pairs}};
 constexpr const PairKernels* pairs = &pair_kernels;
 #else
 constexpr const PairKernels* pairs = nullptr;

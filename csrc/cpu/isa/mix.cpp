@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../ahead.h"
+#include "activate.h"
 #include "math.h"
 #include "reduce.h"
 
@@ -319,7 +320,7 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
                             grad_stride, m.grad);
     S* to = args.dexperts ? static_cast<S*>(args.dexperts) + b * size : nullptr;
     C* dh = m.dexperts;
-    if constexpr (std::is_same_v<S, C>) dh = to && !args.stream ? to : dh;
+    if constexpr (std::is_same_v<S, C>) dh = to && !args.stream && !args.into ? to : dh;
     if (plan.by_channel) {
       gradient_by_channel(args, h, stride, grad, grad_stride, dh);
     } else {
@@ -340,7 +341,9 @@ void backward(const MixArgs& args, int64_t begin, int64_t end, void* memory) {
       if (dfixed)
         for (int64_t r = 0; r < routes; ++r) dfixed[r] += m.da[r];
     }
-    if constexpr (!std::is_same_v<S, C>) {
+    if (args.into) {
+      gradient_into(args.through, dh, to, size);
+    } else if constexpr (!std::is_same_v<S, C>) {
       if (to) narrow(dh, to, size);
     } else if (to && args.stream) {
       stream(dh, to, size);
