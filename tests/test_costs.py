@@ -54,6 +54,8 @@ COSTS = [
     ("mix_backward", (OUT, None, H, None, V, None, None, None, LSE, 5), 4 * 240, 2 * (80 + 240) + 8 * 24),
     ("mix_backward", (OUT, None, H, L, None, None, None, None, LSE, 1), 2 * 240, 2 * (80 + 120) + 4 * 60),
     ("mix_backward", (OUT, None, H, L, None, None, None, None, LSE, 2), 2 * 240 + 300, 2 * (80 + 120) + 4 * 120),
+    ("mix_backward_into", (OUT, H, L, None, None, None, "relu", 2), 4 * 240 + 5 * 60, 2 * (80 + 240) + 4 * 120),
+    ("expert_linear_backward_into", (Y, X, W, None, "relu", 6), 2 * 2100 + 150, 4 * (2 * 150 + 2 * (105 + 70) + 15)),
     ("expert_mix", (X, W, C, L, None, None, None, None, "relu"), 2100 + 2 * 300 + 240, 4 * (70 + 105 + 15 + 60 + 100)),
     ("expert_mix_backward", (f32(10, 2, 5), None, X, W, C, L, None, None, None, None, "relu", LSE, 15),
      6 * 1050 + 150 + 4 * 300 + 5 * 60, 4 * (2 * 150 + 100 + 3 * 70 + 2 * 105 + 2 * 15 + 2 * 60)),
